@@ -1,0 +1,207 @@
+"""Loads a study: file, shipped name or mapping -> StudyConfig, or every fault at once with its path in the file."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from orchestrator import study_faults as judge
+from orchestrator import study_schema, study_techniques
+from orchestrator.study_schema import StudyConfig, model_info
+from orchestrator.study_yaml import ABSENT, MAX_BYTES, Fault, StudyError, nearest, path_text, read, with_lines
+
+__all__ = [
+    "Fault",
+    "StudyConfig",
+    "StudyError",
+    "check_study_name",
+    "load_study",
+    "model_info",
+    "parse_duration_s",
+    "shipped_studies",
+]
+
+
+def load_study(source: str | os.PathLike[str] | Mapping[str, Any]) -> StudyConfig:
+    """Loads and checks a study.
+
+    Args:
+        source: a path, the name of a study that ships (``quick``), or the content as a mapping. A file wins over a
+            shipped study of the same name. Relative paths inside a file are relative to the file's folder; where
+            nothing lies there, to the working directory.
+
+    Returns:
+        The study with absolute paths, every parameter of every technique, and complete recipes.
+
+    Raises:
+        StudyError: with every fault of the study.
+    """
+    if isinstance(source, Mapping):
+        return _checked(dict(source), "study", Path.cwd())
+    path = _find(source)
+    text = _text(path)
+    values, lines, faults = read(text, path.name)
+    return _checked(values, path.name, path.parent, lines, faults)
+
+
+def shipped_studies() -> dict[str, Path]:
+    """Returns the studies that come with the package, by name."""
+    folder = Path(str(files("search_spaces")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def check_study_name(name: str) -> str:
+    """Returns ``name`` if it is safe as a study's name.
+
+    Raises:
+        StudyError: if it is not.
+    """
+    try:
+        return study_schema.study_name(name)
+    except PydanticCustomError as error:
+        raise StudyError("study", [_rule_fault("name", error.context or {}, name)]) from None
+
+
+def parse_duration_s(text: str) -> float:
+    """Returns ``90s``, ``30m`` or ``2h`` in seconds, for ``--time-budget``.
+
+    Raises:
+        ValueError: for other texts, and for nothing or less.
+    """
+    try:
+        seconds = float(study_schema.duration_s(text))  # type: ignore[arg-type]
+    except PydanticCustomError as error:
+        raise ValueError(str(_rule_fault("duration", error.context or {}, text))) from None
+    if seconds <= 0:
+        raise ValueError(f"duration: must be above 0 (got {text!r})")
+    return seconds
+
+
+def _find(source: str | os.PathLike[str]) -> Path:
+    path = Path(source).expanduser()
+    shipped = shipped_studies()
+    if not path.is_file() and str(source) in shipped:
+        return shipped[str(source)]
+    if path.is_file():
+        return path.absolute()
+    rule = "must be a study file that exists, or a study that ships"
+    raise StudyError(str(source), [Fault("", rule, str(source), nearest(path.stem, shipped))])
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(path.name, [Fault("", f"must be readable as UTF-8 text: {error}", str(path))]) from None
+
+
+def _checked(
+    values: dict[str, Any],
+    source: str,
+    folder: Path,
+    lines: Mapping[str, int] | None = None,
+    faults: list[Fault] | None = None,
+) -> StudyConfig:
+    """Returns the study in ``values``; the schema's faults and the others are raised together."""
+    values = _with_absolute_paths(values, folder)
+    found = list(faults or [])
+    study = None
+    try:
+        study = StudyConfig.model_validate(values)
+    except ValidationError as error:
+        found += [_schema_fault(e) for e in error.errors(include_url=False)]
+    techniques, technique_faults = study_techniques.resolve_techniques(values.get("techniques"))
+    recipes, recipe_faults = study_techniques.resolve_recipes(
+        values.get("recipes"),
+        techniques,
+        values.get("techniques"),
+        values.get("max_techniques", _default("max_techniques")),
+    )
+    model, data = values.get("model"), values.get("data")
+    model = model if isinstance(model, Mapping) else {}
+    found += [
+        *technique_faults,
+        *recipe_faults,
+        *judge.objective_faults(values.get("objectives"), values.get("reference_point")),
+        *judge.model_name_faults(model.get("name")),
+        *judge.checkpoint_faults(model.get("checkpoint")),
+        *judge.data_faults(data),
+        *judge.resource_faults(values.get("device"), values.get("resources")),
+    ]
+    if found or study is None:
+        raise StudyError(source, with_lines(_in_file_order(found, lines or {}), lines or {}))
+    return study.model_copy(update={"techniques": techniques, "recipes": recipes})
+
+
+def _default(key: str) -> Any:
+    return StudyConfig.model_fields[key].default
+
+
+def _with_absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    for section, key in (("model", "checkpoint"), ("data", "path")):
+        part = values.get(section)
+        if (
+            isinstance(part, Mapping)
+            and isinstance(text := part.get(key), str | os.PathLike)
+            and "://" not in str(text)
+        ):
+            beside = folder / Path(text).expanduser()
+            path = beside if beside.exists() else Path(text).expanduser()
+            values = {**values, section: {**part, key: str(path.absolute())}}
+    return values
+
+
+# --- the schema's faults in our words ---------------------------------------------------------------------------------
+
+
+def _rule_fault(where: str, context: Mapping[str, Any], value: object) -> Fault:
+    return Fault(where, str(context["rule"]), value, str(context["remedy"]))
+
+
+def _schema_fault(error: ErrorDetails) -> Fault:
+    """Translates one of pydantic's errors."""
+    location = error["loc"]
+    where, kind, context = path_text(location), error["type"], error.get("ctx", {})
+    if kind == "study_rule":
+        return _rule_fault(where, context, error["input"])
+    if kind == "missing":
+        return Fault(where, "must be given", ABSENT, "see search_spaces/README.md")
+    if kind == "extra_forbidden":
+        return Fault(where, "must be a known key", location[-1], nearest(location[-1], _known_keys(location[:-1])))
+    rule = re.sub(r"^(Input|.* ) ?should (be|have)", r"must \2", error["msg"]).replace("valid dictionary", "mapping")
+    remedy = ""
+    if kind == "literal_error" and isinstance(error["input"], str):
+        near = get_close_matches(
+            error["input"], re.findall(r"'([^']+)'", str(context.get("expected"))), n=1, cutoff=0.5
+        )
+        remedy = f"did you mean {near[0]}?" if near else ""
+    return Fault(where, rule, error["input"], remedy)
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Returns the keys of the section at ``location``."""
+    section: type[BaseModel] = StudyConfig
+    for key in location:
+        annotation = section.model_fields[str(key)].annotation
+        section = next(
+            a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)
+        )
+    return list(section.model_fields)
+
+
+def _in_file_order(faults: list[Fault], lines: Mapping[str, int]) -> list[Fault]:
+    """Sorts by line; without lines by the schema's order of keys, stable within one."""
+    keys = list(StudyConfig.model_fields)
+    located = with_lines(faults, lines)
+    top = [re.split(r"[.\[]", f.where)[0] for f in located]
+    rank = [(f.line or 0, keys.index(t) if t in keys else len(keys)) for f, t in zip(located, top, strict=True)]
+    return [f for _, _, f in sorted(zip(rank, range(len(located)), located, strict=True), key=lambda x: x[:2])]

@@ -1,0 +1,423 @@
+"""Runs a study on Ray Tune: builds the Tuner, supervises it, and ends with the frontier.
+
+Tune schedules and notices lost workers; what to run, what came back and what is retried is the sweep's (sweep.py), what
+survives is the ledger's. Tune's own experiment state goes to a temporary folder and is never read: after a crash of the Tune
+run (Ray's memory monitor can cause one) or of the driver, a new Tuner takes over from the ledger.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import secrets
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.exceptions import OutOfMemoryError, RayError
+from ray.tune.search import Searcher
+
+from orchestrator import query
+from orchestrator.ledger import Ledger
+from orchestrator.progress import Progress
+from orchestrator.study_schema import StudyConfig, model_info
+from orchestrator.sweep import RUNNER, Sweep, Work, open_sweep
+from orchestrator.trainable import TrialTrainable
+from workers.lease import Lease, LeaseHeld, LeaseLost, acquire
+from workers.protocol import Measurement, Recipe, TrialSpec
+from workers.run import run_report
+from workers.storage import open_storage
+from workers.techniques import versions
+
+RESTARTS_WITHOUT_PROGRESS = 3
+LEASE_CHECK_S = 5.0
+FRONTIER_S = 5.0
+"""Seconds between two snapshots of the frontier while a study runs."""
+
+_LOCAL_TOKEN = secrets.token_hex(32)
+"""Of local Rays; one for the process, since Ray reads it once."""
+
+log = logging.getLogger("vitpareto")
+
+
+class StudyBusy(Exception):
+    """Another live driver runs this study."""
+
+
+class StudyFailed(Exception):
+    """The study could not go on; the message says why. What was found is in the ledger."""
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """How a run of a study ended.
+
+    Attributes:
+        folder: path or URL of the results.
+        done: trials with an end, of ``budget``.
+        failed: failure class to number of trials.
+        complete: the budget or the space was used up; False after an interruption or a used-up time budget.
+        reason: why it stopped early, "" otherwise.
+        hypervolume: of the final frontier, baseline-relative.
+    """
+
+    name: str
+    folder: str
+    done: int
+    budget: int
+    failed: Mapping[str, int]
+    complete: bool
+    reason: str
+    hypervolume: float | None
+    elapsed_s: float
+
+
+def run_study(
+    config: StudyConfig,
+    *,
+    storage: str | Path = "results",
+    address: str | None = None,
+    quiet: bool = False,
+    runner: str = RUNNER,
+) -> StudyRun:
+    """Runs a study to the end of its budget, or goes on with one that was interrupted.
+
+    Args:
+        config: see :func:`orchestrator.config.load_study`.
+        storage: folder or fsspec URL that every node sees; the study's folder in it is its name.
+        address: of a running Ray (``auto``, ``ray://...``); None starts a local one for the time of the run.
+        quiet: no progress on stderr.
+        runner: dotted name of what runs a trial; another one is for benchmarks and tests.
+
+    Raises:
+        StudyBusy: another live driver runs it.
+        StudyFailed: the baseline failed, or the run broke down again and again without a trial ending in between.
+        ValueError: the results folder holds a study with another question under the same name.
+    """
+    store = open_storage(storage)
+    context = config.context()
+    info = model_info(context)
+    try:
+        lease = acquire(store, f"{config.name}/lease", note={"study": config.name})
+    except LeaseHeld as error:
+        raise StudyBusy(
+            f"study {config.name} in {store.url} is being run by process {error.owner.get('pid')} on "
+            f"{error.owner.get('host')}; wait for it or stop it, then resume"
+        ) from None
+    assert lease is not None  # only a waiting acquire returns None
+    with lease, _termination_as_interrupt():
+        ledger = Ledger(store, config.name, config.parsed_constraints(), context.digest)
+        token = _open_folder(ledger, config, context.digest)
+        sweep = open_sweep(config, context, info, ledger, storage_url=store.url, token=token, versions=versions())
+        progress = Progress(quiet=quiet)
+        with progress:
+            _supervise(sweep, lease, address, progress, runner)
+            if runner == RUNNER and sweep.baseline is not None:
+                _report_split(sweep, address, progress)
+        ledger.compact()
+        if sweep.baseline is not None:
+            write_frontier(sweep)
+        return _finish(sweep, store.url)
+
+
+def _open_folder(ledger: Ledger, config: StudyConfig, context: str) -> str:
+    """Writes the study and its token, or checks that the folder holds the same study; returns the token."""
+    stored = ledger.study_record()
+    if stored is not None:
+        before, now = stored["config"], config.to_dict()
+        changed = [k for k in now if k not in ("trials", "budget", "resources", "retries") and before.get(k) != now[k]]
+        if changed:
+            raise ValueError(
+                f"{ledger.folder} holds another study of the name {config.name}: they differ in {', '.join(changed)}; "
+                "use another --name or --storage"
+            )
+    token = stored["token"] if stored is not None else secrets.token_hex(8)
+    ledger.write_study({"config": config.to_dict(), "token": token, "context": context})
+    return token
+
+
+def _finish(sweep: Sweep, url: str) -> StudyRun:
+    snapshot = sweep.snapshot()
+    if sweep.baseline is None and sweep.stopping and "baseline" in sweep.stopping:
+        row = sweep.ledger.trials(columns=["is_baseline", "status", "failure"]).to_pylist()
+        why = next((r["failure"] for r in row if r["is_baseline"] and r["failure"]), "")
+        raise StudyFailed(f"{sweep.stopping}: {why.splitlines()[0] if why else 'no reason recorded'}")
+    complete = sweep.finished and sweep.stopping is None
+    return StudyRun(
+        name=sweep.config.name,
+        folder=f"{url}/{sweep.config.name}",
+        done=snapshot.done,
+        budget=sweep.config.trials,
+        failed=dict(snapshot.failed),
+        complete=complete,
+        reason="" if complete else (sweep.stopping or "interrupted"),
+        hypervolume=snapshot.hypervolume,
+        elapsed_s=snapshot.elapsed_s,
+    )
+
+
+# --- Ray --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _ray(config: StudyConfig, address: str | None) -> Iterator[None]:
+    """A connection to ``address``, or a local Ray for the time of the block.
+
+    The environment of the driver's process is put back afterwards.
+    """
+    wanted = {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a banner even at verbose=0
+    }
+    if address is None:
+        # With a token at hand, a local Ray turns token authentication on and writes no token file that others can read.
+        wanted["RAY_AUTH_TOKEN"] = _LOCAL_TOKEN
+    before = {name: os.environ.get(name) for name in (*wanted, "RAY_AUTH_MODE")}
+    os.environ.update({k: v for k, v in wanted.items() if before[k] is None})
+    try:
+        if address is None:
+            ray.init(
+                include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, num_cpus=_local_cpus(config)
+            )
+        else:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        yield
+    finally:
+        ray.shutdown()
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _local_cpus(config: StudyConfig) -> int:
+    return max(os.cpu_count() or 1, config.resources.cpus)
+
+
+def _supervise(sweep: Sweep, lease: Lease, address: str | None, progress: Progress, runner: str) -> None:
+    """Runs Tuners until nothing is left; a run that breaks down is followed by another from where the sweep stands."""
+    fruitless, one_at_a_time = 0, False
+    while not sweep.finished:
+        before = len(sweep.rows)
+        with _ray(sweep.config, address):
+            at_once = 1 if one_at_a_time else _at_once(sweep.config, address)
+            broken = _tune(sweep, lease, progress, runner, at_once)
+        if broken is None:
+            break
+        one_at_a_time = not _blame(sweep, broken)
+        fruitless = 0 if len(sweep.rows) > before else fruitless + 1
+        log.warning("the Tune run broke down (%s); going on from the ledger", type(broken).__name__)
+        if fruitless >= RESTARTS_WITHOUT_PROGRESS:
+            raise StudyFailed(f"the Tune run broke down {fruitless} times without a trial ending: {broken}") from broken
+
+
+def _blame(sweep: Sweep, broken: BaseException) -> bool:
+    """After a broken run: marks the trial that ran out of host memory and issues the others again. False: culprit unknown."""
+    cause = broken.__cause__ if isinstance(broken.__cause__, OutOfMemoryError) else None
+    killed = set(re.findall(r"pid=(\d+)", str(cause))) if cause is not None else set()
+    in_flight = list(sweep.open.values())
+    found = False
+    for work in in_flight:
+        marks = sweep.ledger.running()
+        running = [marks.get(s.trial_id, {}) for s in work.specs]
+        mine = any(str(r.get("pid")) in killed for r in running) or (cause is not None and len(in_flight) == 1)
+        if mine:
+            found = True
+            sweep.lost(work, "host_oom", f"killed by Ray's memory monitor: {cause}")
+        else:
+            sweep.again(work)
+    return found or cause is None
+
+
+def _at_once(config: StudyConfig, address: str | None) -> int:
+    """Trials in flight at once; 0 lets a cluster, which may grow, take as many as it has room for."""
+    if config.resources.max_concurrent is not None or address is not None:
+        return config.resources.max_concurrent or 0
+    return max(1, _local_cpus(config) // config.resources.cpus)
+
+
+def _tune(sweep: Sweep, lease: Lease, progress: Progress, runner: str, at_once: int) -> BaseException | None:
+    """One Tuner run; returns what broke it, or None."""
+    config = sweep.config
+    resources: dict[str, float] = {"cpu": config.resources.cpus, "gpu": config.resources.gpus}
+    if config.resources.memory is not None:
+        resources["memory"] = config.resources.memory
+    searcher = SweepSearcher(sweep, runner)
+    supervisor = Supervisor(sweep, searcher, lease, progress)
+    with tempfile.TemporaryDirectory(prefix="vitpareto-tune-", ignore_cleanup_errors=True) as folder:
+        tuner = tune.Tuner(
+            tune.with_resources(TrialTrainable, resources),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                num_samples=-1,
+                max_concurrent_trials=at_once,
+                reuse_actors=config.resources.gpus == 0,
+            ),
+            run_config=tune.RunConfig(
+                name=config.name,
+                storage_path=folder,
+                callbacks=[supervisor],
+                failure_config=tune.FailureConfig(max_failures=0),
+                verbose=0,
+            ),
+        )
+        try:
+            tuner.fit()
+        except (RayError, tune.TuneError, RuntimeError) as error:
+            return error
+    return None
+
+
+class _NotPickled:
+    """Tune pickles its parts into a state that is never read here; what they hold stays in this process."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class SweepSearcher(_NotPickled, Searcher):
+    """Hands the sweep's work to Tune and takes back what its trials report."""
+
+    def __init__(self, sweep: Sweep, runner: str) -> None:
+        super().__init__(metric=None, mode=None)
+        self.sweep, self.runner = sweep, runner
+        self.works: dict[str, Work] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
+        """Returns the next work as a Tune config, None to wait, or FINISHED."""
+        work = self.sweep.next_work()
+        if work is not None:
+            self.works[trial_id] = work
+            return {"work": json.dumps(work.to_dict(self.runner))}
+        return str(self.FINISHED) if self.sweep.finished else None
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Takes the outcomes of a trial; a lost one is left to :meth:`Supervisor.on_trial_error`, which knows the cause."""
+        if not error and result is not None and "outcomes" in result:
+            self.sweep.ended(self.works.pop(trial_id), json.loads(result["outcomes"]))
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger has it."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: a sweep is rebuilt from the ledger."""
+
+
+class Supervisor(_NotPickled, tune.Callback):
+    """Classifies lost workers, keeps the lease, shows progress. Never raises into Tune's loop."""
+
+    def __init__(self, sweep: Sweep, searcher: SweepSearcher, lease: Lease, progress: Progress) -> None:
+        self.sweep, self.searcher, self.lease, self.progress = sweep, searcher, lease, progress
+        self._checked = self._drawn = time.monotonic()
+        self._rows = 0
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A worker is gone (a trial itself never raises): records why and lets the sweep decide about a retry."""
+        work = self.searcher.works.pop(trial.trial_id, None)
+        if work is None:
+            return
+        cause = trial.get_pickled_error()  # written by this very process to its own temporary folder
+        marks = self.sweep.ledger.running()
+        running = [marks.get(s.trial_id, {}) for s in work.specs]
+        status = loss_class(cause, {str(r.get("node")) for r in running})
+        self.sweep.lost(work, status, f"{type(cause).__name__}: {cause}")
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Every turn of Tune's loop."""
+        now = time.monotonic()
+        if now - self._checked > LEASE_CHECK_S:
+            self._checked = now
+            try:
+                self.lease.check()
+            except LeaseLost as error:
+                self.sweep.stopping = str(error)
+        self.progress.show(self.sweep)
+        if now - self._drawn > FRONTIER_S and len(self.sweep.rows) != self._rows and self.sweep.baseline is not None:
+            self._drawn, self._rows = now, len(self.sweep.rows)
+            write_frontier(self.sweep)
+
+
+def loss_class(cause: BaseException | None, nodes: set[str]) -> str:
+    """Returns the failure class of a lost worker: preempted, node_lost, host_oom or worker_died.
+
+    Args:
+        nodes: ids of the Ray nodes on which it ran.
+    """
+    text = str(cause)
+    if isinstance(cause, OutOfMemoryError) or "OutOfMemory" in text or "low on memory" in text:
+        return "host_oom"
+    if getattr(cause, "preempted", False):
+        return "preempted"
+    dead = {n["NodeID"] for n in ray.nodes() if not n["Alive"]}  # type: ignore[no-untyped-call]
+    if nodes & dead or "node has died" in text or "node was terminated" in text or "node died" in text:
+        return "node_lost"
+    return "worker_died"
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends a run like Ctrl-C: Tune stops its trials, the ledger is compacted, the frontier written.
+
+    SIGINT gets Python's own handler back: a process started in the background by a shell inherits it as ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: os.kill(os.getpid(), signal.SIGINT)),
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+def write_frontier(sweep: Sweep) -> None:
+    """Adds a snapshot of the frontier of the rows so far to its history."""
+    objectives = sweep.config.objectives
+    members = query.pareto(sweep.ledger, list(objectives), list(objectives.values()))
+    sweep.ledger.write_frontier(
+        members,
+        sweep.hypervolume(),
+        len(sweep.rows),
+        objectives=list(objectives),
+        reference=list(sweep.reference()),
+        context=sweep.context.digest,
+    )
+
+
+def _report_split(sweep: Sweep, address: str | None, progress: Progress) -> None:
+    """Evaluates the baseline and the frontier's members on the report split, once each; the search never sees it."""
+    objectives = sweep.config.objectives
+    members = query.pareto(sweep.ledger, list(objectives), list(objectives.values()))
+    recipes = [Recipe.from_json(text) for text in members["recipe"].to_pylist()]
+    specs = {s.trial_id: s for s in (sweep.baseline_spec(), *(s for r in recipes if r.steps for s in sweep.specs(r)))}
+    reported = sweep.ledger.reported()
+    wanted = [s for t, s in specs.items() if t not in reported]
+    if not wanted:
+        return
+    progress.note(f"evaluating {len(wanted)} frontier members on the report split")
+    with _ray(sweep.config, address):
+        remote = ray.remote(num_cpus=sweep.config.resources.cpus, num_gpus=sweep.config.resources.gpus)(_report)
+        for spec, found in zip(wanted, ray.get([remote.remote(s.to_dict()) for s in wanted]), strict=True):
+            sweep.ledger.write_report(spec.trial_id, spec.recipe.hash, found)
+
+
+def _report(values: dict[str, Any]) -> dict[str, Any]:
+    found: Measurement = run_report(TrialSpec.from_dict(values))
+    return {**found.__dict__, "conditions": dict(found.conditions)}

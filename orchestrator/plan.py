@@ -1,0 +1,129 @@
+"""What a study would run, said before it runs: techniques, space, exclusions, resources, time. Starts no Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from orchestrator.space import SearchSpace
+from orchestrator.study_schema import StudyConfig, model_info
+from orchestrator.units import format_seconds, format_value
+from workers.storage import open_storage
+
+
+def describe_plan(config: StudyConfig, storage: str) -> Iterator[str]:
+    """Yields the lines of a plan.
+
+    Raises:
+        TaskError, ModelError, OSError: the data or the model cannot be read.
+    """
+    context = config.context()
+    info = model_info(context)
+    space = SearchSpace(config.techniques, info, max_techniques=config.max_techniques)
+    yield f"study {config.name}: {config.trials} recipes towards {_objectives(config)}"
+    yield (
+        f"model {info.name}: {info.depth} blocks of width {info.embed_dim}, {info.num_tokens} tokens, "
+        f"{info.params:,} parameters; data {config.data.kind}, {info.num_classes} classes"
+    )
+    yield from _space_lines(config, space)
+    for text in config.constraints:
+        yield f"constraint: {text}"
+    yield from _resource_lines(config)
+    done, seconds = _finished_before(config, context.digest, storage)
+    yield _time_line(config, done, seconds)
+
+
+def _objectives(config: StudyConfig) -> str:
+    return ", ".join(f"{name} ({direction})" for name, direction in config.objectives.items())
+
+
+def _space_lines(config: StudyConfig, space: SearchSpace) -> Iterator[str]:
+    size = space.size()
+    yield f"search space: {size:,} recipes of up to {config.max_techniques} techniques"
+    rejected = space.count_infeasible()
+    if rejected:
+        yield f"  {rejected:,} of them cannot be carried out on this model and are never run"
+    for name, parameters in config.techniques.items():
+        searched = ", ".join(f"{p} {_domain(d)}" for p, d in parameters.items())
+        yield f"  {name}: {searched or 'no parameters'}"
+    for names, reason in space.excluded():
+        yield f"  excluded: {' + '.join(names)}: {reason}"
+    yield f"enqueued first: {len(config.recipes)} known-good recipes; then sampler {config.sampler.name}"
+
+
+def _domain(domain: Any) -> str:
+    if isinstance(domain, dict):
+        return f"{domain['low']:g}..{domain['high']:g} step {domain['step']:g}"
+    values = domain if isinstance(domain, list) else [domain]
+    return str(values[0]) if len(values) == 1 else "{" + ", ".join(map(str, values)) + "}"
+
+
+def _resource_lines(config: StudyConfig) -> Iterator[str]:
+    resources = config.resources
+    each = f"{resources.cpus} CPU" + (f", {resources.gpus:g} GPU" if resources.gpus else "")
+    if resources.memory is not None:
+        each += f", {format_value('memory_bytes', resources.memory)} memory"
+    at_once = resources.max_concurrent or max(1, (os.cpu_count() or 1) // resources.cpus)
+    yield f"each trial: {each}; at most {at_once} at once on this machine; seeds {config.seeds}"
+
+
+def _finished_before(config: StudyConfig, context: str, storage: str) -> tuple[int, list[float]]:
+    """Returns how many trials of the study the storage holds and how long the ones that worked took."""
+    from orchestrator.ledger import Ledger
+
+    ledger = Ledger(open_storage(storage), config.name)
+    if ledger.study_record() is None:
+        return 0, []
+    rows = ledger.trials(["context", "status", "duration_s", "is_baseline"]).to_pylist()
+    mine = [r for r in rows if r["context"] == context and not r["is_baseline"]]
+    return len(mine), [r["duration_s"] for r in mine if r["status"] == "ok"]
+
+
+def _time_line(config: StudyConfig, done: int, seconds: list[float]) -> str:
+    limit = "" if config.budget.time is None else f"; stops starting trials after {format_seconds(config.budget.time)}"
+    at_once = config.resources.max_concurrent or max(1, (os.cpu_count() or 1) // config.resources.cpus)
+    left = max(0, config.trials - done)
+    if seconds:
+        each = sum(seconds) / len(seconds)
+        return (
+            f"time: {done} trials are done; the other {left} take about {format_seconds(each * left / at_once)}{limit}"
+        )
+    if config.budget.trial_timeout is None:
+        return f"time: not known before the first trials{limit}"
+    longest = config.budget.trial_timeout * len(config.seeds) * left / at_once
+    return f"time: at most {format_seconds(longest)} (every trial at its timeout of {format_seconds(config.budget.trial_timeout)}){limit}"
+
+
+def technique_rows() -> list[dict[str, Any]]:
+    """Returns one mapping a technique: name, family, stage, version, source, and its parameters with range and default."""
+    import dataclasses
+
+    from workers.techniques import registry
+    from workers.techniques.record import Options
+
+    rows = []
+    for technique in registry().values():
+        parameters = []
+        for field in dataclasses.fields(technique.Config):
+            domain = field.metadata["domain"]
+            known: dict[str, Any] = {"name": field.name, "default": field.default, "doc": field.metadata["doc"]}
+            if isinstance(domain, Options):
+                known |= {"values": list(domain.values), "searched": list(domain.search)}
+            else:
+                known |= {
+                    "range": {"low": domain.low, "high": domain.high, "step": domain.step},
+                    "searched": {"low": domain.search_low, "high": domain.search_high, "step": domain.search_step},
+                }
+            parameters.append(known)
+        rows.append(
+            {
+                "name": technique.name,
+                "family": technique.family,
+                "stage": technique.stage,
+                "version": technique.version,
+                "source": technique.source,
+                "parameters": parameters,
+            }
+        )
+    return rows

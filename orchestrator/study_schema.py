@@ -1,0 +1,357 @@
+"""The schema of a study: types, ranges and defaults of every key. The user's view of it is search_spaces/README.md."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from orchestrator.constraints import Constraint, ConstraintError, parse
+from orchestrator.study_yaml import nearest
+from workers.protocol import OBJECTIVES, Context, Recipe, Step
+
+if TYPE_CHECKING:
+    from workers.techniques.record import ModelInfo
+
+SAMPLERS = ("tpe", "nsga2", "random")
+SAMPLER_GROUP = "vitpareto.samplers"
+"""Entry point group through which other packages add samplers by name."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_QUANTITY = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*")
+_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_BYTES = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+# --- scalars ----------------------------------------------------------------------------------------------------------
+
+
+def _broken(rule: str, remedy: str = "") -> PydanticCustomError:
+    return PydanticCustomError("study_rule", "{rule}", {"rule": rule, "remedy": remedy})
+
+
+def study_name(text: str) -> str:
+    """Returns ``text`` if it is safe as a folder, job and table name.
+
+    Raises:
+        PydanticCustomError: (a ValueError) for anything else: slashes, ``..``, a leading dash, over 64 characters.
+    """
+    if not _NAME.fullmatch(text) or ".." in text:
+        cleaned = re.sub(r"\.{2,}", ".", re.sub(r"[^A-Za-z0-9._-]+", "-", text)).strip("-._")[:64] or "my-study"
+        raise _broken(
+            "must be 1 to 64 letters, digits, '.', '_' or '-', start with a letter or digit and hold no '..'",
+            f"for example {cleaned}",
+        )
+    return text
+
+
+def _quantity(value: object, units: Mapping[str, float], example: str) -> object:
+    """Reads "30m" or "1GiB" as a number in base units; other types go on to pydantic."""
+    if not isinstance(value, str):
+        return value
+    match = _QUANTITY.fullmatch(value)
+    if match is None or match[2] not in units:
+        raise _broken(
+            f"must be a number with one of the units {', '.join(filter(None, units))}", f"for example {example}"
+        )
+    return float(match[1]) * units[match[2]]
+
+
+def duration_s(value: object) -> object:
+    """Reads "90s", "30m", "2h" as seconds; a plain number is seconds."""
+    return _quantity(value, _SECONDS, "30m")
+
+
+def size_bytes(value: object) -> object:
+    """Reads "1GiB", "500MB" as bytes; a plain number is bytes."""
+    found = _quantity(value, _BYTES, "1GiB")
+    return int(found) if isinstance(found, float) else found
+
+
+def sampler_name(text: str) -> str:
+    """Returns the name of a built-in sampler or of one that another package adds."""
+    known = [*SAMPLERS, *sorted(point.name for point in entry_points(group=SAMPLER_GROUP))]
+    if text not in known:
+        raise _broken(f"must be one of {', '.join(known)}", nearest(text, known))
+    return text
+
+
+def _constraint(text: str) -> str:
+    try:
+        return str(parse(text))
+    except ConstraintError as error:
+        raise _broken(error.rule, error.remedy) from None
+
+
+def _distinct(values: list[int]) -> list[int]:
+    if len(set(values)) != len(values):
+        raise _broken("must not repeat a value", "remove the repeated ones")
+    return values
+
+
+def _empty_for_null(value: object) -> object:
+    return {} if value is None else value
+
+
+def _directions(value: object) -> object:
+    """A list of objectives gets the direction that is better for each; unknown names are reported elsewhere."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        return value
+    return {name: OBJECTIVES.get(name, "minimize") for name in value}
+
+
+def _step(value: object) -> object:
+    return {value: {}} if isinstance(value, str) else value
+
+
+Parameters = Annotated[dict[str, Any], BeforeValidator(_empty_for_null)]
+RecipeStep = Annotated[dict[str, Parameters], BeforeValidator(_step), Field(min_length=1, max_length=1)]
+Duration = Annotated[float, BeforeValidator(duration_s), Field(gt=0)]
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+
+
+# --- sections ---------------------------------------------------------------------------------------------------------
+
+
+class Section(BaseModel):
+    """A part of a study: unknown keys are faults, and text is not taken for a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class CreateSection(Section):
+    """A ViT to build and train: ``width`` is the embedding size, ``patch`` in pixels, ``registers`` more prefixes."""
+
+    width: Positive = 64
+    depth: Positive = 4
+    heads: Positive = 4
+    patch: Positive = 2
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    registers: Natural = 0
+    pos_embed_std: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise _broken("width must be a multiple of heads", f"width {self.width}, heads {self.heads}")
+        return self
+
+    def timm_arguments(self) -> dict[str, Any]:
+        """Returns the arguments of timm's VisionTransformer; ``pos_embed_std`` is our own and left out where unset."""
+        arguments: dict[str, Any] = {
+            "embed_dim": self.width,
+            "depth": self.depth,
+            "num_heads": self.heads,
+            "patch_size": self.patch,
+            "mlp_ratio": self.mlp_ratio,
+            "reg_tokens": self.registers,
+        }
+        return arguments if self.pos_embed_std is None else arguments | {"pos_embed_std": self.pos_embed_std}
+
+
+class ModelSection(Section):
+    """Which model: a timm name, or ``create``."""
+
+    name: str | None = None
+    create: CreateSection | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    pretrained: bool = False
+    checkpoint: str | None = None
+    train: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _train_what_has_no_weights(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "train" not in values:
+            return {**values, "train": not (values.get("pretrained") or values.get("checkpoint"))}
+        return values
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.name is None) == (self.create is None):
+            raise _broken(
+                "must have either name or create", "name: vit_tiny_patch16_224, or create: {width: 64, depth: 4}"
+            )
+        if self.create is not None and (self.pretrained or self.options):
+            raise _broken("pretrained and options need a timm name", "use name instead of create")
+        if self.pretrained and self.checkpoint is not None:
+            raise _broken("must not have both pretrained and checkpoint", "remove one of them")
+        if not (self.train or self.pretrained or self.checkpoint is not None):
+            raise _broken("must be trained, pretrained or loaded from a checkpoint", "remove `train: false`")
+        return self
+
+
+class DataSection(Section):
+    """Which images; ``search_fraction`` of the training images becomes the search split."""
+
+    kind: Literal["digits", "cifar10", "cifar100", "imagefolder", "parquet"]
+    path: str | None = None
+    image_size: Positive | None = None
+    search_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    split_seed: Natural = 0
+    train_limit: Positive | None = None
+    search_limit: Positive | None = None
+    report_limit: Positive | None = None
+    mean: list[float] | None = None
+    std: list[Annotated[float, Field(gt=0)]] | None = None
+
+
+class RecoverySettings(Section):
+    """How a compressed model is trained; the defaults suit a short joint fine-tune."""
+
+    epochs: Positive = 5
+    batch_size: Positive = 64
+    lr: Annotated[float, Field(gt=0)] = 5e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    optimizer: Literal["adamw"] = "adamw"
+    schedule: Literal["one_cycle", "cosine"] = "one_cycle"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    amp: Literal["none", "bf16"] = "none"
+
+
+class BaselineSettings(RecoverySettings):
+    """How the baseline is trained where the study trains it."""
+
+    epochs: Positive = 20
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    seed: Natural = 0
+
+
+class TrainingSection(Section):
+    baseline: BaselineSettings = BaselineSettings()
+    recovery: RecoverySettings = RecoverySettings()
+
+
+class SamplerSection(Section):
+    """``options`` go to the sampler as keyword arguments."""
+
+    name: Annotated[str, AfterValidator(sampler_name)] = "tpe"
+    seed: Natural = 0
+    n_startup_trials: Positive = 10
+    population_size: Annotated[int, Field(ge=2)] = 50
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class ResourcesSection(Section):
+    """Of one trial."""
+
+    cpus: Positive = 1
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    memory: Annotated[int, BeforeValidator(size_bytes), Field(gt=0)] | None = None
+    max_concurrent: Positive | None = None
+
+
+class BudgetSection(Section):
+    """Wall time of the study, and of one trial (waiting for the lane does not count)."""
+
+    time: Duration | None = None
+    trial_timeout: Duration | None = 600.0
+
+
+class MeasurementSection(Section):
+    protocol: Literal["quick"] = "quick"
+    batch: Positive = 64
+    latency_repeats: Annotated[int, Field(ge=3)] = 30
+    throughput_batches: Positive = 8
+    warmup: Natural = 3
+    threads: Positive = 2
+    bootstrap: Annotated[int, Field(ge=100)] = 1000
+
+
+# --- the study --------------------------------------------------------------------------------------------------------
+
+
+class StudyConfig(Section):
+    """A study, complete and checked. Make one with :func:`orchestrator.config.load_study`.
+
+    Attributes:
+        objectives: name to direction, in the study's order.
+        techniques: technique to parameter to what is searched: a list of values (one value: fixed), or
+            ``{"low", "high", "step"}``. After loading, every parameter of every technique is there.
+        recipes: known-good recipes, each a list of one-entry mappings technique -> complete config, in order.
+        constraints: normalised texts; :meth:`parsed_constraints` has them parsed.
+    """
+
+    name: Annotated[str, AfterValidator(study_name)]
+    model: ModelSection
+    data: DataSection
+    training: TrainingSection = TrainingSection()
+    objectives: Annotated[dict[str, Literal["minimize", "maximize"]], BeforeValidator(_directions), Field(min_length=1)]
+    device: Literal["cpu", "cuda"] = "cpu"
+    reference_point: dict[str, float] | None = None
+    constraints: list[Annotated[str, AfterValidator(_constraint)]] = Field(default_factory=list)
+    techniques: Annotated[dict[str, Parameters], Field(min_length=1)]
+    max_techniques: Positive = 3
+    recipes: list[Annotated[list[RecipeStep], Field(min_length=1)]] = Field(default_factory=list)
+    sampler: SamplerSection = SamplerSection()
+    seeds: Annotated[list[Natural], AfterValidator(_distinct), Field(min_length=1)] = Field(default_factory=lambda: [0])
+    resources: ResourcesSection = ResourcesSection()
+    trials: Positive = 16
+    budget: BudgetSection = BudgetSection()
+    retries: Natural = 2
+    measurement: MeasurementSection = MeasurementSection()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values; :meth:`from_dict` reads them back."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Reads what :meth:`to_dict` wrote, without asking whether files or techniques are still there.
+
+        Raises:
+            pydantic.ValidationError: (a ValueError) if the values are no study.
+        """
+        return cls.model_validate(dict(values))
+
+    def known_good(self) -> tuple[Recipe, ...]:
+        """Returns the recipes that are enqueued first."""
+        return tuple(Recipe(tuple(Step(*pair) for step in steps for pair in step.items())) for steps in self.recipes)
+
+    def parsed_constraints(self) -> tuple[Constraint, ...]:
+        """Returns the constraints, ready to judge metrics."""
+        return tuple(map(parse, self.constraints))
+
+    def context(self) -> Context:
+        """Returns everything besides recipe and seed that changes a trial's numbers. Reads the data and checkpoint.
+
+        Raises:
+            OSError, ValueError: the data or the checkpoint cannot be read.
+        """
+        from workers.models import checkpoint_digest  # these import torch
+        from workers.tasks import data_digest
+
+        checkpoint = self.model.checkpoint
+        data = self.data.model_dump(mode="json")
+        return Context(
+            model={
+                "family": "timm",
+                "name": self.model.name,
+                "pretrained": self.model.pretrained,
+                "checkpoint": checkpoint,
+                "checkpoint_digest": checkpoint_digest(checkpoint) if checkpoint is not None else None,
+                "create": self.model.create.timm_arguments() if self.model.create else dict(self.model.options),
+                "train": self.model.train,
+            },
+            data={**data, "digest": data_digest(data)},
+            training=self.training.model_dump(mode="json"),
+            measurement=self.measurement.model_dump(mode="json"),
+            device=self.device,
+        )
+
+
+def model_info(context: Context) -> ModelInfo:
+    """Returns the facts about a context's uncompressed model by which techniques are judged. Loads no weights."""
+    from workers import models, tasks  # these import torch
+
+    model = models.build(
+        {**context.model, "pretrained": False, "checkpoint": None}, tasks.info(context.data), device="meta"
+    )
+    return models.model_info(model, context.device)

@@ -1,0 +1,74 @@
+"""A technique that fails in a chosen way, added from outside the package through an entry point."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from workers.techniques.record import Applied, Surroundings, Technique, choice, number
+
+KINDS = ("none", "nan", "allocate", "sleep", "hang", "raise", "die", "die_once", "hog")
+
+
+@dataclass(frozen=True)
+class Config:
+    kind: str = choice("none", KINDS, doc="how it fails")
+    level: int = number(0, 0, 100, 1, doc="makes recipes distinct")
+
+
+def fail(kind: str) -> None:
+    if kind == "allocate":
+        torch.empty(1 << 52)
+    elif kind == "sleep":
+        for _ in range(6000):
+            time.sleep(0.01)
+    elif kind == "hang":  # in native code: no Python signal handler runs
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+        time.sleep(600)
+    elif kind == "raise":
+        raise RuntimeError("the fault technique was told to raise")
+    elif kind == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "die_once":
+        mark = Path(os.environ["VITPARETO_FAULT_MARK"])
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "hog":
+        held = []
+        while True:
+            held.append(torch.ones(32 << 20, dtype=torch.float32))  # 128 MiB, touched
+            time.sleep(0.02)
+
+
+def apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+    """Scales the last bias a little, so that something changes, or fails."""
+    fail(config.kind)
+    with torch.no_grad():
+        head = model.get_submodule("head")
+        head.bias.add_(float("nan") if config.kind == "nan" else config.level * 1e-3)
+    return Applied(model, {}, ["head.bias"])
+
+
+def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
+    return model
+
+
+TECHNIQUE = Technique(
+    name="fault",
+    family="pruning",
+    version=1,
+    Config=Config,
+    stage="surgery",
+    apply=apply,
+    rebuild=rebuild,
+    source="none; for tests",
+)

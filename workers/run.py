@@ -1,0 +1,297 @@
+"""Runs one trial: stages, then everything measured from the reloaded artefact. Total: it returns a status, it does not raise."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import re
+import socket
+import subprocess
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from workers import artefact, evaluation, measurement, stages
+from workers.deadline import Deadline, DeadlineExceeded, guard
+from workers.lane import Lane
+from workers.protocol import SPEED_OBJECTIVES, Measurement, StageRun, TrialResult, TrialSpec
+from workers.storage import Storage, open_storage
+from workers.training import TrainingDiverged
+
+Attempt = Callable[[TrialSpec], TrialResult]
+
+
+class StorageNotSeen(Exception):
+    """This node does not see the study's storage."""
+
+
+def run_trial(spec: TrialSpec) -> TrialResult:
+    """Runs ``spec`` and returns how it ended.
+
+    Everything is taken from the artefact after reloading it: accuracy on the search split, bytes, speed against the
+    interleaved baseline. MACs and params are counted on the unquantised twin, because opaque kernels hide them.
+    """
+    started, clock = time.time(), time.monotonic()
+    attempt = uuid.uuid4().hex[:12]
+    deadline = Deadline(spec.timeout_s)
+    outcome = _Outcome()
+    status, failure = "ok", None
+    try:
+        with guard(deadline):
+            _run(spec, deadline, outcome)
+    except Exception as error:  # noqa: BLE001 - the boundary: whatever happens becomes a status
+        status = classify(error)
+        failure = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+    duration = time.monotonic() - clock
+    seconds = dict(outcome.seconds)
+    seconds["other"] = duration - sum(seconds.values())
+    return TrialResult(
+        trial_id=spec.trial_id,
+        attempt_id=attempt,
+        status=status,
+        failure=failure,
+        metrics=outcome.metrics,
+        started_at=started,
+        duration_s=duration,
+        conditions=outcome.conditions,
+        stages=tuple(outcome.stages),
+        measurements=tuple(outcome.measurements),
+        artefact=outcome.artefact if status == "ok" else None,
+        provenance=provenance(spec),
+        seconds=seconds,
+    )
+
+
+def classify(error: BaseException) -> str:
+    """Returns the failure class of an exception raised inside a trial."""
+    if isinstance(error, DeadlineExceeded):
+        return "timeout"
+    if isinstance(error, stages.Infeasible | TrainingDiverged | evaluation.NotFiniteOutput | measurement.NotTellable):
+        return "infeasible"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "cuda_oom"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return "host_oom"
+    return "error"
+
+
+class _Outcome:
+    """What a trial has found so far; kept when it fails."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+        self.conditions: dict[str, Any] = {}
+        self.stages: list[StageRun] = []
+        self.measurements: list[Measurement] = []
+        self.artefact: str | None = None
+        self.seconds: dict[str, float] = {}
+
+
+def workbench(spec: TrialSpec, deadline: Deadline, seconds: dict[str, float]) -> stages.Workbench:
+    """Returns what the trial works with, after proving that this node sees the study's storage.
+
+    Raises:
+        StorageNotSeen: the study's token cannot be read here or is another one.
+    """
+    storage = open_storage(spec.storage)
+    if spec.storage_token:
+        try:
+            seen = json.loads(storage.read(f"{spec.study}/study.json"))["token"]
+        except (OSError, ValueError, KeyError):
+            seen = ""
+        if seen != spec.storage_token:
+            raise StorageNotSeen(
+                f"{socket.gethostname()} does not see the study's storage {spec.storage!r}: use a path that every node "
+                "mounts, or an object store URL"
+            )
+    device = torch.device(spec.context.device)
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, spec.cpus))
+    lane = Lane(device_key(device), deadline=deadline)
+    return stages.Workbench(spec.context, spec.seed, storage, device, lane, deadline, seconds)
+
+
+def device_key(device: torch.device) -> str:
+    """The name of the lane: ``cpu``, or the CUDA device's own identity."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "cpu"
+
+
+def _run(spec: TrialSpec, deadline: Deadline, outcome: _Outcome) -> None:
+    bench = workbench(spec, deadline, outcome.seconds)
+    plan = stages.compile_recipe(spec.recipe, spec.seed, spec.context)
+    for stage in plan:
+        outcome.stages.append(bench.ensure(stage))
+    last = plan[-1]
+    twin = plan[-2] if last.kind == "conversion" else last
+    model = bench.load(last.key)
+    outcome.conditions |= _conditions(bench, last.key)
+    outcome.conditions["parity_max_abs"] = bench.parity(last, model)
+    shape = (1, bench.task.info.in_chans, bench.task.info.image_size, bench.task.info.image_size)
+    counted = model if twin is last else bench.load(twin.key)
+    outcome.metrics["size_bytes"] = float(artefact.size_bytes(bench.folder(last.key)))
+    outcome.metrics["params"] = float(measurement.count_params(counted))
+    outcome.metrics["macs"] = float(measurement.count_macs(counted, shape))
+    _evaluate(bench, spec, model, last.key, outcome)
+    simulated = any(t.simulated(c) for t, c in stages.resolve(spec.recipe.steps))
+    _measure(bench, spec, counted if simulated else model, last.key, outcome)
+    outcome.conditions["simulated"] = simulated
+    _check_finite(outcome.metrics)
+    missing = sorted(set(spec.objectives) - outcome.metrics.keys())
+    if missing:
+        raise measurement.NotTellable(f"no value for {', '.join(missing)} on {bench.device.type}")
+    outcome.artefact = stages.prefix(last.key)
+
+
+def _evaluate(bench: stages.Workbench, spec: TrialSpec, model: nn.Module, key: str, outcome: _Outcome) -> None:
+    with bench.lane.shared(), bench.timed("evaluate"):
+        found = evaluation.evaluate(model, bench.task.search, device=bench.device, tick=bench.tick)
+    outcome.metrics["top1_pct"] = found.top1_pct
+    outcome.measurements.append(accuracy_measurement("accuracy_search", bench, key, found))
+
+
+def accuracy_measurement(kind: str, bench: stages.Workbench, key: str, found: evaluation.Accuracy) -> Measurement:
+    """Returns an accuracy as a measurement record, its Wilson interval in the conditions."""
+    return Measurement(
+        kind=kind,
+        artefact=key,
+        device=bench.device.type,
+        batch=256,
+        resolution=bench.task.info.image_size,
+        protocol=str(bench.context.measurement.get("protocol", "quick")),
+        value=found.top1_pct,
+        unit="percent",
+        conditions={
+            "correct": found.correct,
+            "images": found.total,
+            "wilson_low_pct": found.wilson_low_pct,
+            "wilson_high_pct": found.wilson_high_pct,
+        },
+    )
+
+
+def _measure(bench: stages.Workbench, spec: TrialSpec, model: nn.Module, key: str, outcome: _Outcome) -> None:
+    """Times the artefact against the interleaved baseline, alone on the device."""
+    quantities = {
+        name
+        for name, objective in (
+            ("latency", "latency_ms_p50"),
+            ("throughput", "throughput_images_per_s"),
+            ("peak_memory", "peak_memory_bytes"),
+        )
+        if objective in spec.objectives
+    }
+    if not quantities:
+        return
+    baseline = bench.load(bench.baseline_key)
+    with bench.lane.exclusive(), bench.timed("measure"):
+        found = measurement.measure(
+            model,
+            baseline,
+            bench.context.measurement,
+            task_info=bench.task.info,
+            device=bench.device,
+            artefact_key=key,
+            quantities=quantities,
+            artefact_path=bench.folder(key),
+        )
+    outcome.measurements.extend(found)
+    values = {m.kind: m for m in found}
+    if "peak_memory" in values:
+        outcome.metrics["peak_memory_bytes"] = values["peak_memory"].value
+    for kind, objective in (("latency", "latency_ms_p50"), ("throughput", "throughput_images_per_s")):
+        if kind not in values or objective not in SPEED_OBJECTIVES:
+            continue
+        measured = values[kind]
+        if measured.ratio is None:
+            raise ValueError(f"{kind} was measured without its baseline")
+        own = sorted(measured.baseline_samples)[len(measured.baseline_samples) // 2]
+        outcome.metrics[objective] = measured.ratio * baseline_value(bench.storage, spec, measured, own)
+        outcome.metrics[f"{objective}_ratio"] = measured.ratio
+
+
+def baseline_value(storage: Storage, spec: TrialSpec, measured: Measurement, own: float) -> float:
+    """Returns the study's one baseline value of a speed for this device kind, recording ``own`` if it is the first.
+
+    Absolute times drift within a process, ratios to the interleaved baseline do not; a trial's objective is its ratio times
+    this value, so that all rows of one device kind share one scale.
+    """
+    kind = re.sub(r"[^A-Za-z0-9]+", "-", str(measured.conditions.get("device_name", measured.device)))
+    name = f"{spec.study}/baselines/{spec.context.digest}-{kind}-{measured.kind}.json"
+    storage.put_if_absent(name, json.dumps({"value": own, "unit": measured.unit}).encode())
+    return float(json.loads(storage.read(name))["value"])
+
+
+def _check_finite(metrics: dict[str, float]) -> None:
+    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+    for name in bad:
+        del metrics[name]
+    if bad:
+        raise evaluation.NotFiniteOutput(f"not a finite number: {', '.join(bad)}")
+
+
+def _conditions(bench: stages.Workbench, key: str) -> dict[str, Any]:
+    info = bench.task.info
+    return {
+        "device": bench.device.type,
+        "search_images": len(bench.task.search),
+        "resolution": info.image_size,
+        "train_threads": torch.get_num_threads(),
+        "stage": key,
+        "protocol": bench.context.measurement.get("protocol", "quick"),
+    }
+
+
+def run_report(spec: TrialSpec) -> Measurement:
+    """Evaluates the finished trial's artefact on the report split (the test set), which the search never sees.
+
+    Raises:
+        ArtefactError: the trial has no artefact in the storage.
+    """
+    bench = workbench(replace(spec, timeout_s=None), Deadline(None), {})
+    last = stages.compile_recipe(spec.recipe, spec.seed, spec.context)[-1]
+    with bench.lane.shared():
+        found = evaluation.evaluate(bench.load(last.key), bench.task.report, device=bench.device, tick=bench.tick)
+    return accuracy_measurement("accuracy_report", bench, last.key, found)
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("vitpareto", "torch", "timm", "torchao", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@cache
+def _git_commit() -> str | None:
+    folder = Path(__file__).parent
+    if not (folder.parent / ".git").exists():
+        return None
+    done = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def provenance(spec: TrialSpec) -> dict[str, Any]:
+    """Returns where a row comes from: versions, commit, machine, digests."""
+    return {
+        "versions": _versions(),
+        "git_commit": _git_commit(),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "data_digest": spec.context.data.get("digest"),
+        "context": spec.context.digest,
+        "seed": spec.seed,
+    }

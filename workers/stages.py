@@ -1,0 +1,313 @@
+"""The stage graph of a recipe and its content-addressed cache.
+
+A recipe compiles to ``baseline -> surgery -> recovery -> conversion``. Each stage is named by the hash of what it does and of
+its parent's key; its artefact lies in ``stages/<key>/`` of the storage, so recipes that share a prefix run it once, on any
+node. A lease per stage makes two trials that want it at the same time run it once; its generation files count the executions.
+A stage that fails leaves no manifest, so failures are never cached.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from workers import artefact, evaluation, models, tasks, training
+from workers.deadline import Deadline
+from workers.lane import Lane
+from workers.lease import acquire
+from workers.protocol import Context, Recipe, StageRun, Step, canonical_json, digest, without_locations
+from workers.storage import Storage
+from workers.tasks.image_classification import Task
+from workers.techniques import registry, versions
+from workers.techniques.record import Applied, Surroundings, Technique, make_config
+
+PROBE_IMAGES = 4
+"""Images whose logits are stored beside an artefact, so that every later load is checked against them."""
+
+
+class Infeasible(Exception):
+    """The recipe cannot be built on this model and device; the message says why."""
+
+
+class ArtefactMismatch(Exception):
+    """A reloaded artefact does not compute what was saved."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: ``steps`` are what it applies, ``parent`` the key of the artefact it starts from."""
+
+    kind: str
+    key: str
+    parent: str | None
+    steps: tuple[Step, ...] = ()
+
+
+def compile_recipe(recipe: Recipe, seed: int, context: Context) -> tuple[Stage, ...]:
+    """Returns the stages of ``recipe`` in order; the last one's artefact is what ships.
+
+    Raises:
+        Infeasible: a conversion step stands before a surgery step.
+    """
+    known = registry()
+    plain = without_locations({"model": context.model, "data": context.data, "training": context.training["baseline"]})
+    stages = [Stage("baseline", digest(["baseline", plain]), None)]
+    by_kind: dict[str, list[Step]] = {"surgery": [], "conversion": []}
+    for step in recipe.steps:
+        kind = known[step.technique].stage
+        if kind == "surgery" and by_kind["conversion"]:
+            raise Infeasible(
+                f"{step.technique} changes the structure and must come before {by_kind['conversion'][0].technique}"
+            )
+        by_kind[kind].append(step)
+
+    def add(kind: str, steps: list[Step], *more: object) -> None:
+        parent = stages[-1].key
+        parts = [[s.technique, dict(s.config), versions()[s.technique]] for s in steps]
+        stages.append(Stage(kind, digest([kind, parent, parts, seed, *more]), parent, tuple(steps)))
+
+    surgery = by_kind["surgery"]
+    if surgery:
+        add("surgery", surgery)
+        if any(t.trains(c) for t, c in resolve(surgery)):
+            add("recovery", surgery, context.training["recovery"], stages[0].key)
+    if by_kind["conversion"]:
+        add("conversion", by_kind["conversion"])
+    return tuple(stages)
+
+
+def resolve(steps: tuple[Step, ...] | list[Step]) -> list[tuple[Technique, Any]]:
+    """Returns (technique, config object) for every step."""
+    known = registry()
+    return [(known[s.technique], make_config(known[s.technique].Config, s.config)) for s in steps]
+
+
+def prefix(key: str) -> str:
+    """The storage folder of a stage's artefact."""
+    return f"stages/{key}"
+
+
+@lru_cache(maxsize=2)
+def _load_task(data: str) -> Task:
+    return tasks.load(json.loads(data))
+
+
+@dataclass
+class Workbench:
+    """What one trial works with: its storage, device, lane and deadline, and where its time went."""
+
+    context: Context
+    seed: int
+    storage: Storage
+    device: torch.device
+    lane: Lane
+    deadline: Deadline
+    seconds: dict[str, float]
+
+    @property
+    def task(self) -> Task:
+        """The data, loaded once a process."""
+        return _load_task(canonical_json(dict(self.context.data)))
+
+    def tick(self) -> None:
+        """Between chunks of work: honours the deadline and lets a waiting measurement go first."""
+        self.deadline.check()
+        self.lane.tick()
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to ``seconds[name]``, waiting for the lane excluded."""
+        start, waited = time.monotonic(), self.lane.waited_s
+        try:
+            yield
+        finally:
+            spent = time.monotonic() - start - (self.lane.waited_s - waited)
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+    def ensure(self, stage: Stage) -> StageRun:
+        """Makes sure that the artefact of ``stage`` is in the storage, running it here if nobody else does."""
+        start = time.monotonic()
+        manifest = f"{prefix(stage.key)}/{artefact.MANIFEST}"
+
+        def done() -> bool:
+            return self.storage.exists(manifest)
+
+        with self.deadline.paused():
+            lease = acquire(self.storage, f"{prefix(stage.key)}/leases", wait=done, note={"stage": stage.kind})
+        self.seconds["stage_wait"] = self.seconds.get("stage_wait", 0.0) + time.monotonic() - start
+        if lease is None:
+            return StageRun(stage.kind, stage.key, True, time.monotonic() - start)
+        with lease:
+            if not done():
+                _RUNNERS[stage.kind](self, stage)
+        return StageRun(stage.kind, stage.key, False, time.monotonic() - start)
+
+    def folder(self, key: str) -> str:
+        """The path or URL of a stage's artefact."""
+        return f"{self.storage.url}/{prefix(key)}"
+
+    def load(self, key: str) -> nn.Module:
+        """Loads the artefact of a stage in eval mode on the trial's device."""
+        return artefact.load(self.folder(key), device=self.device)
+
+    def surroundings(self) -> Surroundings:
+        """What a technique may use: training images, the teacher, a seeded generator."""
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for _, images, labels in self.task.train.batches(64, shuffle_seed=self.seed, device=self.device):
+                yield images, labels
+
+        generator = torch.Generator().manual_seed(self.seed)
+        return Surroundings(self.device, self.seed, generator, batches, lambda: self.load(self.baseline_key), self.tick)
+
+    @property
+    def baseline_key(self) -> str:
+        """Stage key of the uncompressed baseline, which is also the teacher."""
+        return compile_recipe(Recipe(), self.seed, self.context)[0].key
+
+    # --- the artefact and the check of what it computes ---------------------------------------------------------------
+
+    def _probe(self, model: nn.Module) -> Tensor:
+        _, images, _ = next(self.task.search.batches(PROBE_IMAGES, device=self.device))
+        with torch.inference_mode():
+            logits: Tensor = model.eval()(images)
+            return logits.float().cpu()
+
+    def save(self, stage: Stage, model: nn.Module, description: Mapping[str, Any], steps: list[dict[str, Any]]) -> None:
+        """Writes the artefact and, before it, the logits that every load of it is checked against."""
+        model.eval()
+        self.storage.put_atomic(f"{prefix(stage.key)}/probe.safetensors", save_tensors({"logits": self._probe(model)}))
+        files = artefact.pack(
+            model, model_description=description, steps=steps, extra={"preprocessing": self.task.preprocessing()}
+        )
+        artefact.save_to(self.storage, prefix(stage.key), files)
+
+    def parity(self, stage: Stage, model: nn.Module) -> float:
+        """Returns the largest difference between a reloaded model's logits and the saved ones.
+
+        Raises:
+            ArtefactMismatch: it exceeds 2 % of the largest logit (bf16 on another thread count moves the last bits).
+        """
+        saved = load_tensors(self.storage.read(f"{prefix(stage.key)}/probe.safetensors"))["logits"]
+        found = self._probe(model)
+        if not torch.isfinite(found).all():
+            raise evaluation.NotFiniteOutput("the model's logits hold NaN or infinity")
+        difference = float((found - saved).abs().max())
+        if difference > 0.02 * max(float(saved.abs().max()), 1e-6):
+            raise ArtefactMismatch(
+                f"artefact {stage.key}: reloaded logits differ by {difference:.3g} from the saved ones"
+            )
+        return difference
+
+
+# --- what each kind of stage does -------------------------------------------------------------------------------------
+
+
+def _run_baseline(bench: Workbench, stage: Stage) -> None:
+    context = bench.context
+    info = bench.task.info
+    settings = context.training["baseline"]
+    torch.manual_seed(settings.get("seed", 0))
+    model = models.build(context.model, info).to(bench.device)
+    if context.model.get("train"):
+        with bench.timed("train"), bench.lane.shared():
+            training.train(
+                model, bench.task.train, settings, seed=settings.get("seed", 0), device=bench.device, tick=bench.tick
+            )
+    bench.save(stage, model, models.describe(context.model, info), [])
+
+
+def _run_surgery(bench: Workbench, stage: Stage) -> None:
+    model, manifest = _parent(bench, stage)
+    with bench.timed("train"), bench.lane.shared():
+        model, resolved = _apply(bench, model, stage)
+    bench.save(stage, model, manifest["model"], [*manifest["steps"], *resolved])
+
+
+def _run_recovery(bench: Workbench, stage: Stage) -> None:
+    model, manifest = _parent(bench, stage)
+    steps = resolve(stage.steps)
+    teacher = _teacher_logits(bench) if any(t.needs_teacher(c) for t, c in steps) else None
+    with bench.timed("train"), bench.lane.shared():
+        training.train(
+            model,
+            bench.task.train,
+            bench.context.training["recovery"],
+            seed=bench.seed,
+            device=bench.device,
+            steps=steps,
+            teacher_logits=teacher,
+            tick=bench.tick,
+        )
+    records = [dict(r) for r in manifest["steps"]]
+    for record, (technique, config) in zip(records[-len(steps) :], steps, strict=True):
+        if technique.finalise is not None:
+            record["resolved"] = {**record["resolved"], **technique.finalise(model, config)}
+    bench.save(stage, model, manifest["model"], records)
+
+
+def _run_conversion(bench: Workbench, stage: Stage) -> None:
+    model, manifest = _parent(bench, stage)
+    with bench.timed("train"), bench.lane.shared():
+        model, resolved = _apply(bench, model, stage)
+        for technique, config in resolve(stage.steps):
+            if technique.calibrate is not None:
+                technique.calibrate(model, config, bench.surroundings())
+    bench.save(stage, model, manifest["model"], [*manifest["steps"], *resolved])
+
+
+def _parent(bench: Workbench, stage: Stage) -> tuple[nn.Module, Mapping[str, Any]]:
+    if stage.parent is None:
+        raise ValueError(f"stage {stage.kind} needs a parent")
+    return bench.load(stage.parent), artefact.manifest(bench.folder(stage.parent))
+
+
+def _apply(bench: Workbench, model: nn.Module, stage: Stage) -> tuple[nn.Module, list[dict[str, Any]]]:
+    records = []
+    for technique, config in resolve(stage.steps):
+        reason = technique.check(models.model_info(model, bench.context.device), config)
+        if reason:
+            raise Infeasible(f"{technique.name}: {reason}")
+        applied: Applied = technique.apply(model, config, bench.surroundings())
+        if not applied.changed:
+            raise Infeasible(f"{technique.name}: changed nothing in this model with {config}")
+        model = applied.model
+        records.append({"technique": technique.name, "version": technique.version, "resolved": applied.resolved})
+    return model, records
+
+
+def _teacher_logits(bench: Workbench) -> Tensor:
+    """Logits of the baseline over the training images, computed once a study and shared: (N, classes) float32.
+
+    The wait for the lease stands outside the lane: its holder may be waiting for a measurement, which waits for the lane.
+    """
+    name = f"{prefix(bench.baseline_key)}/teacher_logits.safetensors"
+    with bench.deadline.paused():
+        lease = acquire(
+            bench.storage, f"{prefix(bench.baseline_key)}/teacher_leases", wait=lambda: bench.storage.exists(name)
+        )
+    if lease is not None:
+        with lease, bench.timed("train"), bench.lane.shared():
+            if not bench.storage.exists(name):
+                teacher = bench.load(bench.baseline_key)
+                logits = evaluation.predict_logits(teacher, bench.task.train, device=bench.device, tick=bench.tick)
+                bench.storage.put_atomic(name, save_tensors({"logits": logits.cpu().contiguous()}))
+    return load_tensors(bench.storage.read(name))["logits"]
+
+
+_RUNNERS = {
+    "baseline": _run_baseline,
+    "surgery": _run_surgery,
+    "recovery": _run_recovery,
+    "conversion": _run_conversion,
+}

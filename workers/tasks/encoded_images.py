@@ -1,0 +1,245 @@
+"""Encoded images in folders and Parquet files, and the node's cache of what is decoded from them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from workers.private_folder import private_folder
+from workers.tasks import TaskError
+from workers.tasks.image_sources import REPORT_FRACTION, Images, Labels, cut
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+TEST_NAMES = ("test", "validation", "valid", "val", "dev")
+"""Names of a test part, the first present wins: a data set with both keeps its test part for the report."""
+
+
+def decode(content: bytes | Path, name: str, channels: int | None) -> Images:
+    """Decodes an image to (H, W, C) uint8; ``channels`` 1 or 3, None takes 1 for grey images and 3 for all others.
+
+    Raises:
+        TaskError: it cannot be decoded.
+    """
+    import PIL.Image
+
+    try:
+        with PIL.Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+            grey = channels == 1 or (channels is None and image.mode in ("1", "L"))
+            pixels = np.asarray(image.convert("L" if grey else "RGB"))
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise TaskError(f"{name}: must be a PNG or JPEG image: {error}; replace or remove it") from error
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def resize(image: Images, size: int) -> Images:
+    """Resizes the shorter side to ``size`` (bilinear) and crops the middle: (H, W, C) to (size, size, C)."""
+    import PIL.Image
+
+    height, width, channels = image.shape
+    if height == width == size:
+        return image
+    scale = size / min(height, width)
+    to = (max(size, round(width * scale)), max(size, round(height * scale)))
+    left, top = (to[0] - size) // 2, (to[1] - size) // 2
+
+    def one(pixels: Image) -> Images:
+        return np.asarray(pixels.resize(to, PIL.Image.Resampling.BILINEAR).crop((left, top, left + size, top + size)))
+
+    if image.dtype == np.uint8 and channels == 3:
+        return one(PIL.Image.fromarray(image))
+    return np.stack([one(PIL.Image.fromarray(image[..., c])) for c in range(channels)], axis=-1)
+
+
+class FolderSource:
+    """``train/`` and ``test/`` or ``val/`` with a subfolder a class; without a test folder one is cut from train."""
+
+    encoded = True
+
+    def __init__(self, root: Path) -> None:
+        train = root / "train"
+        if not train.is_dir():
+            raise TaskError(f"{root}: must hold a folder train/ with a subfolder for every class")
+        self.class_names = tuple(sorted(e.name for e in train.iterdir() if e.is_dir()))
+        self.files: dict[str, list[Path]] = {}
+        self.labels: dict[str, Labels] = {}
+        self._read("train", train)
+        test = next((root / name for name in TEST_NAMES if (root / name).is_dir()), None)
+        if test is not None:
+            self._read("test", test)
+        else:
+            kept, off = cut(self.labels["train"], REPORT_FRACTION, seed=0)
+            files, labels = self.files["train"], self.labels["train"]
+            self.files = {"train": [files[i] for i in kept], "test": [files[i] for i in off]}
+            self.labels = {"train": labels[kept], "test": labels[off]}
+        listing = [
+            (str(f.relative_to(root)), f.stat().st_size) for p in sorted(self.files) for f in sorted(self.files[p])
+        ]
+        self.digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+        self._channels: int | None = None
+
+    def _read(self, part: str, folder: Path) -> None:
+        files: list[Path] = []
+        labels: list[int] = []
+        for sub in sorted(e for e in folder.iterdir() if e.is_dir()):
+            if sub.name not in self.class_names:
+                raise TaskError(f"{sub}: every class must have a folder in train/ too; add it there or remove this one")
+            found = sorted(f for f in sub.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+            files += found
+            labels += [self.class_names.index(sub.name)] * len(found)
+        self.files[part], self.labels[part] = files, np.asarray(labels, dtype=np.int64)
+
+    def images(self, part: str, wanted: NDArray[np.int64]) -> Iterator[tuple[int, Images, str]]:
+        if self._channels is None:
+            first = self.files["train"][0]
+            self._channels = decode(first, str(first), None).shape[-1]
+        for position, index in enumerate(wanted):
+            file = self.files[part][index]
+            yield position, decode(file, str(file), self._channels), str(file)
+
+
+class ParquetSource:
+    """A Parquet file or a folder of them.
+
+    Columns: ``image`` (bytes, or ``{bytes, path}``), ``label``, optional ``split`` and ``label_name``. Without ``split``
+    file names tell the part (``train-00000.parquet``, ``test-...``); where they do not, a test part is cut.
+    """
+
+    encoded = True
+
+    def __init__(self, path: Path) -> None:
+        self.files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        if not self.files or not self.files[0].is_file():
+            raise TaskError(f"{path}: must be a Parquet file or a folder that holds some")
+        labels, names, parts = zip(*(self._columns(f) for f in self.files), strict=True)
+        self._first_row = np.cumsum([0, *(len(one) for one in labels)])
+        every = np.concatenate(labels)
+        self.rows = _parts(every, np.concatenate(parts), path)
+        self.labels = {part: every[rows] for part, rows in self.rows.items()}
+        self.class_names = _class_names(every, np.concatenate(names), int(self.labels["train"].max(initial=-1)) + 1)
+        self.digest = hashlib.sha256("".join(file_digest(f) for f in self.files).encode()).hexdigest()[:16]
+        self._channels: int | None = None
+
+    def _columns(self, file: Path) -> tuple[Labels, NDArray[np.str_], NDArray[np.str_]]:
+        """Returns (labels, label names, part names) of one file's rows; empty texts where a column is missing."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            schema = pq.read_schema(file)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise TaskError(f"{file}: must be a Parquet file: {error}") from error
+        for column in ("image", "label"):
+            if column not in schema.names:
+                raise TaskError(
+                    f"{file}: must have the column {column!r}, has {', '.join(schema.names)}; rename or add it"
+                )
+        kind = schema.field("label").type
+        if not (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+            raise TaskError(f"{file}: column 'label' must hold integers from 0, it holds {kind}; number the classes")
+        table = pq.read_table(file, columns=[c for c in ("label", "label_name", "split") if c in schema.names])
+        column = table["label"].to_pylist()
+        if None in column:
+            raise TaskError(f"{file}: row {column.index(None)} has no label; fill or remove it")
+        by_file = next((n for n in ("train", *TEST_NAMES) if file.name.startswith(n)), "")
+
+        def texts(name: str, missing: str) -> NDArray[np.str_]:
+            values = table[name].to_pylist() if name in table.column_names else [missing] * len(column)
+            return np.asarray([str(v) for v in values], dtype=np.str_)
+
+        return np.asarray(column, dtype=np.int64), texts("label_name", ""), texts("split", by_file)
+
+    def images(self, part: str, wanted: NDArray[np.int64]) -> Iterator[tuple[int, Images, str]]:
+        if self._channels is None:
+            content, name = next(self._contents(self.rows["train"][:1]))[1:]
+            self._channels = decode(content, name, None).shape[-1]
+        for position, content, name in self._contents(self.rows[part][wanted]):
+            yield position, decode(content, name, self._channels), name
+
+    def _contents(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, bytes, str]]:
+        """Yields (position in ``rows``, encoded bytes, name) in file order, one row group in memory at a time."""
+        import pyarrow.parquet as pq
+
+        order = np.argsort(rows, kind="stable")
+        ordered = rows[order]
+        for file, first in zip(self.files, self._first_row[:-1].tolist(), strict=True):
+            start = first
+            with pq.ParquetFile(file) as opened:
+                for group in range(opened.num_row_groups):
+                    stop = start + opened.metadata.row_group(group).num_rows
+                    low, high = np.searchsorted(ordered, (start, stop))
+                    if low < high:
+                        column = opened.read_row_group(group, columns=["image"])["image"]
+                        for at in range(low, high):
+                            name = f"{file} row {ordered[at] - first}"
+                            yield int(order[at]), _bytes(column[int(ordered[at] - start)].as_py(), name), name
+                    start = stop
+
+
+def _bytes(value: object, name: str) -> bytes:
+    if isinstance(value, Mapping):
+        value = value.get("bytes")
+    if not isinstance(value, bytes):
+        raise TaskError(
+            f"{name}: column 'image' must hold the bytes of a PNG or JPEG file, found {type(value).__name__}"
+        )
+    return value
+
+
+def _parts(labels: Labels, names: NDArray[np.str_], path: Path) -> dict[str, NDArray[np.int64]]:
+    """Returns the rows of the train and test parts."""
+    found = set(np.unique(names).tolist())
+    if found <= {"", "None", "train"}:
+        kept, off = cut(labels, REPORT_FRACTION, seed=0)
+        return {"train": kept, "test": off}
+    test = next((n for n in TEST_NAMES if n in found), None)
+    if "train" not in found or test is None:
+        raise TaskError(
+            f"{path}: column 'split' must hold 'train' and one of {', '.join(TEST_NAMES)}; "
+            f"it holds {', '.join(sorted(found))}"
+        )
+    return {"train": np.flatnonzero(names == "train"), "test": np.flatnonzero(names == test)}
+
+
+def _class_names(labels: Labels, names: NDArray[np.str_], classes: int) -> tuple[str, ...]:
+    first = dict(zip(labels[::-1].tolist(), names[::-1].tolist(), strict=True))
+    return tuple(first.get(label) or str(label) for label in range(classes))
+
+
+def file_digest(file: Path) -> str:
+    """Returns the SHA-256 of a file, remembered in the node's cache by path, size and modification time."""
+    found = file.stat()
+    key = hashlib.sha256(f"{file.resolve()} {found.st_size} {found.st_mtime_ns}".encode()).hexdigest()[:32]
+    note = cache_folder() / f"{key}.sha256"
+    if note.is_file():
+        return note.read_text()
+    with file.open("rb") as opened:
+        value = hashlib.file_digest(opened, "sha256").hexdigest()
+    write_atomic(note, lambda temporary: temporary.write_text(value))
+    return value
+
+
+def cache_folder() -> Path:
+    """The node-local folder of decoded images: ``VITPARETO_CACHE``, or a private one in the temporary folder."""
+    return private_folder("cache", "VITPARETO_CACHE")
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets ``write`` fill a temporary file beside ``path``, then renames it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
