@@ -128,6 +128,13 @@ def device_key(device: torch.device) -> str:
 
 def _run(spec: TrialSpec, deadline: Deadline, outcome: _Outcome) -> None:
     bench = workbench(spec, deadline, outcome.seconds)
+    try:
+        _stages_and_numbers(spec, bench, outcome)
+    finally:
+        outcome.seconds["lane_wait"] = bench.lane.waited_s
+
+
+def _stages_and_numbers(spec: TrialSpec, bench: stages.Workbench, outcome: _Outcome) -> None:
     plan = stages.compile_recipe(spec.recipe, spec.seed, spec.context)
     for stage in plan:
         outcome.stages.append(bench.ensure(stage))
