@@ -13,10 +13,11 @@ import os
 import re
 import secrets
 import signal
+import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +29,12 @@ from ray.exceptions import OutOfMemoryError, RayError
 from ray.tune.search import Searcher
 
 from orchestrator import query
-from orchestrator.ledger import Ledger
+from orchestrator.ledger import Ledger, LedgerError
 from orchestrator.progress import Progress
 from orchestrator.study_schema import StudyConfig, model_info
 from orchestrator.sweep import RUNNER, Sweep, Work, open_sweep
 from orchestrator.trainable import TrialTrainable
-from workers.lease import Lease, LeaseHeld, LeaseLost, acquire
+from workers.lease import Lease, LeaseHeld, LeaseLost, acquire, alive
 from workers.protocol import Measurement, Recipe, TrialSpec
 from workers.run import run_report
 from workers.storage import open_storage
@@ -41,6 +42,12 @@ from workers.techniques import versions
 
 RESTARTS_WITHOUT_PROGRESS = 3
 LEASE_CHECK_S = 5.0
+ORPHANS_S = 20.0
+"""Longest wait for the workers of a killed driver; they take about two."""
+
+NODE_ANSWER_S = 2.0
+"""Longest wait for a node's answer after one of its workers was lost."""
+
 FRONTIER_S = 5.0
 """Seconds between two snapshots of the frontier while a study runs."""
 
@@ -95,15 +102,21 @@ def run_study(
     Args:
         config: see :func:`orchestrator.config.load_study`.
         storage: folder or fsspec URL that every node sees; the study's folder in it is its name.
-        address: of a running Ray (``auto``, ``ray://...``); None starts a local one for the time of the run.
+        address: of a running Ray (``auto``, ``HEAD:6379``); None starts a local one for the time of the run.
         quiet: no progress on stderr.
         runner: dotted name of what runs a trial; another one is for benchmarks and tests.
 
     Raises:
         StudyBusy: another live driver runs it.
-        StudyFailed: the baseline failed, or the run broke down again and again without a trial ending in between.
+        StudyFailed: the baseline failed, or the run broke down again and again without a trial ending in between, or
+            ``address`` is one of Ray Client.
         ValueError: the results folder holds a study with another question under the same name.
     """
+    if address is not None and address.startswith("ray://"):  # Tune would run elsewhere, without the sweep's state
+        raise StudyFailed(
+            f"a study cannot be driven through Ray Client ({address}); run it on a node of the cluster with "
+            "--address auto, or send it there with `vitpareto submit`"
+        )
     store = open_storage(storage)
     context = config.context()
     info = model_info(context)
@@ -118,12 +131,15 @@ def run_study(
     with lease, _termination_as_interrupt():
         ledger = Ledger(store, config.name, config.parsed_constraints(), context.digest)
         token = _open_folder(ledger, config, context.digest)
+        _await_orphans(ledger)
         sweep = open_sweep(config, context, info, ledger, storage_url=store.url, token=token, versions=versions())
         progress = Progress(quiet=quiet)
         with progress:
-            _supervise(sweep, lease, address, progress, runner)
-            if runner == RUNNER and sweep.baseline is not None:
-                _report_split(sweep, address, progress)
+            try:
+                _supervise(sweep, lease, address, progress, runner)
+            except KeyboardInterrupt:
+                sweep.stopping = "interrupted"
+        _clear_marks(ledger)
         ledger.compact()
         if sweep.baseline is not None:
             write_frontier(sweep)
@@ -144,6 +160,19 @@ def _open_folder(ledger: Ledger, config: StudyConfig, context: str) -> str:
     token = stored["token"] if stored is not None else secrets.token_hex(8)
     ledger.write_study({"config": config.to_dict(), "token": token, "context": context})
     return token
+
+
+def _await_orphans(ledger: Ledger) -> None:
+    """Waits for workers on this machine that outlived their killed driver: they still write for a second or two."""
+    until = time.monotonic() + ORPHANS_S
+    while time.monotonic() < until and any(alive(mark) for mark in ledger.running().values()):
+        time.sleep(0.2)
+    _clear_marks(ledger)
+
+
+def _clear_marks(ledger: Ledger) -> None:
+    for trial in ledger.running():
+        ledger.clear_running(trial)
 
 
 def _finish(sweep: Sweep, url: str) -> StudyRun:
@@ -205,15 +234,20 @@ def _local_cpus(config: StudyConfig) -> int:
 
 
 def _supervise(sweep: Sweep, lease: Lease, address: str | None, progress: Progress, runner: str) -> None:
-    """Runs Tuners until nothing is left; a run that breaks down is followed by another from where the sweep stands."""
+    """Runs Tuners until nothing is left; a run that breaks down is followed by another from where the sweep stands.
+
+    A finished sweep ends with the report split, under the same Ray.
+    """
     fruitless, one_at_a_time = 0, False
-    while not sweep.finished:
+    while not sweep.finished or (runner == RUNNER and _unreported(sweep)):
         before = len(sweep.rows)
         with _ray(sweep.config, address):
             at_once = 1 if one_at_a_time else _at_once(sweep.config, address)
-            broken = _tune(sweep, lease, progress, runner, at_once)
-        if broken is None:
-            break
+            broken = None if sweep.finished else _tune(sweep, lease, progress, runner, at_once)
+            if broken is None:
+                if sweep.finished and runner == RUNNER:
+                    _report_split(sweep, progress)
+                return
         one_at_a_time = not _blame(sweep, broken)
         fruitless = 0 if len(sweep.rows) > before else fruitless + 1
         log.warning("the Tune run broke down (%s); going on from the ledger", type(broken).__name__)
@@ -224,19 +258,23 @@ def _supervise(sweep: Sweep, lease: Lease, address: str | None, progress: Progre
 def _blame(sweep: Sweep, broken: BaseException) -> bool:
     """After a broken run: marks the trial that ran out of host memory and issues the others again. False: culprit unknown."""
     cause = broken.__cause__ if isinstance(broken.__cause__, OutOfMemoryError) else None
-    killed = set(re.findall(r"pid=(\d+)", str(cause))) if cause is not None else set()
+    culprit = memory_culprit(str(cause))
     in_flight = list(sweep.open.values())
     found = False
     for work in in_flight:
-        marks = sweep.ledger.running()
-        running = [marks.get(s.trial_id, {}) for s in work.specs]
-        mine = any(str(r.get("pid")) in killed for r in running) or (cause is not None and len(in_flight) == 1)
-        if mine:
+        pids = {mark.get("pid") for mark in _whereabouts(sweep, work)}
+        if cause is not None and (culprit in pids or len(in_flight) == 1):
             found = True
             sweep.lost(work, "host_oom", f"killed by Ray's memory monitor: {cause}")
         else:
             sweep.again(work)
     return found or cause is None
+
+
+def _whereabouts(sweep: Sweep, work: Work) -> list[dict[str, Any]]:
+    """Returns where the trials of ``work`` run, as far as they have started."""
+    marks = sweep.ledger.running()
+    return [marks[s.trial_id] for s in work.specs if s.trial_id in marks]
 
 
 def _at_once(config: StudyConfig, address: str | None) -> int:
@@ -326,11 +364,8 @@ class Supervisor(_NotPickled, tune.Callback):
         work = self.searcher.works.pop(trial.trial_id, None)
         if work is None:
             return
-        cause = trial.get_pickled_error()  # written by this very process to its own temporary folder
-        marks = self.sweep.ledger.running()
-        running = [marks.get(s.trial_id, {}) for s in work.specs]
-        status = loss_class(cause, {str(r.get("node")) for r in running})
-        self.sweep.lost(work, status, f"{type(cause).__name__}: {cause}")
+        reason = _reason(trial)
+        self.sweep.lost(work, loss_class(reason, _whereabouts(self.sweep, work)), reason)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Every turn of Tune's loop."""
@@ -344,24 +379,52 @@ class Supervisor(_NotPickled, tune.Callback):
         self.progress.show(self.sweep)
         if now - self._drawn > FRONTIER_S and len(self.sweep.rows) != self._rows and self.sweep.baseline is not None:
             self._drawn, self._rows = now, len(self.sweep.rows)
-            write_frontier(self.sweep)
+            try:
+                write_frontier(self.sweep)
+            except (OSError, LedgerError) as error:
+                log.warning("the frontier could not be written, the next one will be: %s", error)
 
 
-def loss_class(cause: BaseException | None, nodes: set[str]) -> str:
+def _reason(trial: Any) -> str:
+    """Returns why Tune lost a trial's actor. From the file that Tune has just written: it hands the exception to nobody."""
+    text = Path(trial.error_file).read_text() if trial.error_file else ""
+    return text.partition("\n")[2].strip() or "the worker is gone, Ray gives no reason"
+
+
+def loss_class(reason: str, marks: Sequence[Mapping[str, Any]]) -> str:
     """Returns the failure class of a lost worker: preempted, node_lost, host_oom or worker_died.
 
     Args:
-        nodes: ids of the Ray nodes on which it ran.
+        reason: Ray's own words.
+        marks: where the trials of the worker ran. Ray's memory monitor kills innocent workers beside the culprit.
     """
-    text = str(cause)
-    if isinstance(cause, OutOfMemoryError) or "OutOfMemory" in text or "low on memory" in text:
-        return "host_oom"
-    if getattr(cause, "preempted", False):
+    if any(words in reason for words in ("OutOfMemory", "low on memory")):
+        culprit = memory_culprit(reason)
+        return "host_oom" if culprit is None or culprit in {m.get("pid") for m in marks} else "worker_died"
+    if "node was preempted" in reason:
         return "preempted"
-    dead = {n["NodeID"] for n in ray.nodes() if not n["Alive"]}  # type: ignore[no-untyped-call]
-    if nodes & dead or "node has died" in text or "node was terminated" in text or "node died" in text:
+    if "node has died" in reason:
         return "node_lost"
-    return "worker_died"
+    nodes = {m.get("node") for m in marks}
+    mine = [n for n in ray.nodes() if n["NodeID"] in nodes]  # type: ignore[no-untyped-call]
+    return "node_lost" if any(not _answers(node) for node in mine) else "worker_died"
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    """Says whether a node is there. Ray itself notices a lost one only after half a minute; its closed port tells at once."""
+    if not node["Alive"]:
+        return False
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), NODE_ANSWER_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def memory_culprit(reason: str) -> int | None:
+    """Returns the process that used most memory of those that Ray's memory monitor killed; None where Ray does not say."""
+    killed = re.findall(r"Selected to kill: .*pid=(\d+), actual memory used=([\d.]+)GB", reason)
+    return int(max(killed, key=lambda found: float(found[1]))[0]) if killed else None
 
 
 @contextmanager
@@ -401,23 +464,30 @@ def write_frontier(sweep: Sweep) -> None:
     )
 
 
-def _report_split(sweep: Sweep, address: str | None, progress: Progress) -> None:
-    """Evaluates the baseline and the frontier's members on the report split, once each; the search never sees it."""
+def _unreported(sweep: Sweep) -> list[TrialSpec]:
+    """Returns the baseline and the frontier's members as far as they were not evaluated on the report split yet."""
+    if sweep.baseline is None:
+        return []
     objectives = sweep.config.objectives
     members = query.pareto(sweep.ledger, list(objectives), list(objectives.values()))
     recipes = [Recipe.from_json(text) for text in members["recipe"].to_pylist()]
     specs = {s.trial_id: s for s in (sweep.baseline_spec(), *(s for r in recipes if r.steps for s in sweep.specs(r)))}
     reported = sweep.ledger.reported()
-    wanted = [s for t, s in specs.items() if t not in reported]
-    if not wanted:
-        return
+    return [s for t, s in specs.items() if t not in reported]
+
+
+def _report_split(sweep: Sweep, progress: Progress) -> None:
+    """Evaluates what is unreported on the report split, once each; the search never sees it. A loss is only logged."""
+    wanted = _unreported(sweep)
     progress.note(f"evaluating {len(wanted)} frontier members on the report split")
-    with _ray(sweep.config, address):
-        remote = ray.remote(num_cpus=sweep.config.resources.cpus, num_gpus=sweep.config.resources.gpus)(_report)
-        for spec, found in zip(wanted, ray.get([remote.remote(s.to_dict()) for s in wanted]), strict=True):
-            sweep.ledger.write_report(spec.trial_id, spec.recipe.hash, found)
+    remote = ray.remote(num_cpus=sweep.config.resources.cpus, num_gpus=sweep.config.resources.gpus)(_report)
+    for spec, found in [(s, remote.remote(s.to_dict())) for s in wanted]:
+        try:
+            sweep.ledger.write_report(spec.trial_id, spec.recipe.hash, ray.get(found))
+        except RayError as error:
+            log.warning("%s was not evaluated on the report split; a resume tries again: %s", spec.trial_id, error)
 
 
-def _report(values: dict[str, Any]) -> dict[str, Any]:
+def _report(values: dict[str, Any]) -> Mapping[str, Any]:
     found: Measurement = run_report(TrialSpec.from_dict(values))
     return {**found.__dict__, "conditions": dict(found.conditions)}

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from orchestrator.columns import empty
 from orchestrator.constraints import Constraint, parse
 from orchestrator.ledger_files import LedgerError, LedgerFiles, Manifest, Part, Problem
 from orchestrator.ledger_schema import (
@@ -57,7 +58,7 @@ READ_TRIES = 20
 def parquet_bytes(table: pa.Table) -> bytes:
     """Returns ``table`` as one Parquet file."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", row_group_size=131_072, write_page_checksum=True)
+    pq.write_table(table, sink, compression="zstd", row_group_size=65_536, write_page_checksum=True)
     return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
 
@@ -275,7 +276,7 @@ class Ledger:
         Raises:
             LedgerError: another process compacted at the same time, or the manifest is unusable.
         """
-        more = MEASUREMENTS.empty_table() if measurements is None else conform(measurements, MEASUREMENTS)
+        more = empty(MEASUREMENTS) if measurements is None else conform(measurements, MEASUREMENTS)
         if not self._commit(self._files.manifest(), conform(attempts, ATTEMPTS), more, []):
             raise LedgerError(f"{self.study}: another process compacted at the same time; append again")
 
@@ -354,10 +355,10 @@ class Ledger:
         try:
             history = read_parquet(self.storage, name, "frontier")
         except PartVanishedError:
-            history = FRONTIER.empty_table()
+            history = empty(FRONTIER)
         except PartUnreadableError:
             self.storage.put_atomic(f"{name}.damaged-{int(time.time())}", self.storage.read(name))
-            history = FRONTIER.empty_table()
+            history = empty(FRONTIER)
         number = (pc.max(history["snapshot"]).as_py() or 0) + 1
         shared = {
             "snapshot": number,
@@ -379,10 +380,10 @@ class Ledger:
         try:
             return read_parquet(self.storage, self._files.name("frontier.parquet"), "frontier")
         except PartVanishedError:
-            return FRONTIER.empty_table()
+            return empty(FRONTIER)
         except PartUnreadableError as error:
             self._damaged[error.problem.file] = error.problem
-            return FRONTIER.empty_table()
+            return empty(FRONTIER)
 
 
 def _metrics(text: str) -> dict[str, float]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from orchestrator.columns import empty
 from workers.protocol import OBJECTIVES, TrialResult, TrialSpec
 
 SCHEMA_VERSION = 1
@@ -197,7 +198,7 @@ def attempts_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Returns attempt rows as a table of schema :data:`ATTEMPTS`; raises ValueError, TypeError or KeyError for foreign
     values."""
     if not rows:
-        return pa.Table.from_batches([], ATTEMPTS)
+        return empty(ATTEMPTS)
     columns = [pa.array([_attempt_cell(row, field.name) for row in rows], field.type) for field in ATTEMPTS]
     return pa.Table.from_arrays(columns, schema=ATTEMPTS)
 
@@ -215,7 +216,7 @@ def _attempt_cell(row: Mapping[str, Any], name: str) -> Any:
 def measurements_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Returns the measurements inside attempt rows as a table of schema :data:`MEASUREMENTS`."""
     if not rows:
-        return pa.Table.from_batches([], MEASUREMENTS)
+        return empty(MEASUREMENTS)
     flat = [
         {
             **measurement,

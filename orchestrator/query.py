@@ -8,29 +8,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import duckdb
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from orchestrator.columns import empty, equals, floats, group_numbers, integers, to_arrow
 from orchestrator.frontier import nondominated
 from orchestrator.ledger import Ledger, Snapshot
 from orchestrator.ledger_schema import ATTEMPTS, MEASUREMENTS
-from orchestrator.ledger_trials import (
-    DEFAULT_COLUMNS,
-    NUMERIC,
-    TRIALS,
-    feasible,
-    floats,
-    group_numbers,
-    mask,
-    row_mask,
-    to_arrow,
-)
+from orchestrator.ledger_trials import DEFAULT_COLUMNS, NUMERIC, TRIALS, feasible
 from orchestrator.rows import format_rows
 from workers.protocol import OBJECTIVES
 
@@ -92,16 +83,18 @@ def pareto(
     """
     directions = _directions(objectives, directions)
     used = set() if where is None else _condition_columns(where)
-    wanted = {*objectives, *used, *(c.metric for c in ledger.constraints)}
+    wanted = {*objectives, *used, "top1_pct_drop", *(c.metric for c in ledger.constraints)}
 
     def read(snapshot: Snapshot) -> pa.Table:
-        candidates = _candidates(snapshot, ledger, wanted)
-        if not all_rows:
-            candidates = candidates.filter(candidates["feasible"])
+        candidates = _candidates(snapshot, ledger.context, wanted)
+        ok = equals(candidates["status"], "ok")
+        keeps = feasible(ok, lambda name: floats(candidates[name]), ledger.constraints)
+        candidates = candidates.append_column("feasible", to_arrow(keeps))
+        rows = np.flatnonzero(ok if all_rows else keeps)
         if where is not None:
-            candidates = candidates.filter(_matches(candidates, where))
-        values = np.stack([floats(candidates[name]) for name in objectives], axis=1)
-        return _described(snapshot, candidates.filter(to_arrow(nondominated(values, directions))), objectives)
+            rows = rows[_matches(_some(candidates.select([*used, "_row"]), rows), where)]
+        values = np.stack([floats(candidates[name])[rows] for name in objectives], axis=1)
+        return _described(snapshot, _some(candidates, rows[nondominated(values, directions)]), objectives)
 
     ranks = {"minimize": "ascending", "maximize": "descending"}
     return ledger.consistent(read).sort_by([(o, ranks[d]) for o, d in zip(objectives, directions, strict=True)])
@@ -129,36 +122,41 @@ def _directions(objectives: Sequence[str], directions: Sequence[str] | None) -> 
     return list(directions)
 
 
-def _candidates(snapshot: Snapshot, ledger: Ledger, wanted: Iterable[str]) -> pa.Table:
-    """Returns ok trials of one context, one row a recipe, with ``wanted`` columns, ``feasible``, ``seeds`` and
-    ``_row``."""
+def _candidates(snapshot: Snapshot, context: str | None, wanted: set[str]) -> pa.Table:
+    """Returns the trials of one context, one row a recipe, with ``wanted`` columns, ``seeds`` and ``_row``."""
     needed = {"recipe_hash", "seed", "started_at", "status", "context", *wanted} - {"feasible", "seeds"}
-    trials = snapshot.trials([n for n in TRIALS.names if n in needed])
-    trials = trials.append_column(_ROW, to_arrow(np.arange(len(trials))))
-    contexts = pc.unique(trials["context"])
-    asked = ledger.context if ledger.context is not None or len(contexts) < 2 else _newest_context(trials)
-    if asked is not None and contexts.to_pylist() != [asked]:
-        trials = trials.filter(pc.equal(trials["context"], asked))
-    trials = _mean_over_seeds(trials)
-    ok = mask(pc.equal(trials["status"], "ok"))
-    keeps = feasible(ok, lambda name: floats(trials[name]), ledger.constraints)
-    return trials.append_column("feasible", to_arrow(keeps)).filter(to_arrow(ok))
+    trials = snapshot.trials(sorted(needed))
+    if group_numbers(trials["recipe_hash"])[1] < len(trials):  # several seeds: all that is shown is a mean
+        trials = snapshot.trials(sorted(needed.union(set(NUMERIC).intersection(DEFAULT_COLUMNS))))
+    numbered = trials.append_column(_ROW, to_arrow(np.arange(len(trials))))
+    return _mean_over_seeds(_of_context(numbered, context))
 
 
-def _newest_context(trials: pa.Table) -> str:
-    return str(trials["context"][int(np.argmax(trials["started_at"].cast(pa.int64()).to_numpy()))].as_py())
+def _some(table: pa.Table, rows: npt.NDArray[np.int64]) -> pa.Table:
+    """Returns the rows with the given numbers, ascending; unlike ``take`` it copies nothing else."""
+    chosen = np.zeros(len(table), np.bool_)
+    chosen[rows] = True
+    return table.filter(to_arrow(chosen))
+
+
+def _of_context(trials: pa.Table, context: str | None) -> pa.Table:
+    if context is None and len(trials):
+        newest = int(np.argmax(integers(trials["started_at"])))
+        context = trials["context"][newest].as_py()
+    mine = equals(trials["context"], context or "")
+    return trials if mine.all() else trials.filter(to_arrow(mine))
 
 
 def _mean_over_seeds(trials: pa.Table) -> pa.Table:
     recipe, count = group_numbers(trials["recipe_hash"])
     if count == len(trials):
         return trials.append_column("seeds", to_arrow(np.ones(count, np.int64)))
-    seed = trials["seed"].to_numpy()
-    order = np.lexsort((-trials["started_at"].cast(pa.int64()).to_numpy(), seed, recipe))
+    seed = integers(trials["seed"])
+    order = np.lexsort((-integers(trials["started_at"]), seed, recipe))
     newest = np.sort(order[np.r_[True, (np.diff(recipe[order]) != 0) | (np.diff(seed[order]) != 0)]])
     trials, recipe = trials.take(to_arrow(newest)), recipe[newest]
-    ok = mask(pc.equal(trials["status"], "ok"))
-    order = np.lexsort((trials["seed"].to_numpy(), ok, recipe))  # a seed that failed stands for its recipe
+    ok = equals(trials["status"], "ok")
+    order = np.lexsort((integers(trials["seed"]), ok, recipe))  # a seed that failed stands for its recipe
     first = order[np.r_[True, np.diff(recipe[order]) != 0]]
     seeds = np.bincount(recipe)
     found = trials.take(to_arrow(first)).append_column("seeds", to_arrow(seeds))
@@ -170,22 +168,21 @@ def _mean_over_seeds(trials: pa.Table) -> pa.Table:
 
 def _described(snapshot: Snapshot, members: pa.Table, objectives: Sequence[str]) -> pa.Table:
     """Returns ``members`` with the columns that are read for them only."""
-    names = dict.fromkeys([*DEFAULT_COLUMNS[:3], *objectives, *DEFAULT_COLUMNS])
-    members, trials = members.sort_by("_row"), snapshot.trials(names)
-    found = trials.filter(row_mask(members["_row"].to_numpy(), len(trials)))
-    for name in [n for n in names if n in members.column_names]:  # means, and feasibility judged by them
-        found = found.set_column(found.schema.get_field_index(name), TRIALS.field(name), members[name])
-    return found.append_column("seeds", members["seeds"])
+    names = list(dict.fromkeys([*DEFAULT_COLUMNS[:3], *objectives, *DEFAULT_COLUMNS]))
+    members = members.sort_by("_row")
+    read = snapshot.trials([n for n in names if n not in members.column_names], integers(members["_row"]))
+    columns = {name: read[name] if name in read.column_names else members[name] for name in [*names, "seeds"]}
+    return pa.table(columns)
 
 
 def _condition_columns(where: str) -> set[str]:
     """Checks that ``where`` is one Boolean expression; returns the columns that it may use."""
-    empty = {"trials": CANDIDATES.empty_table()}
+    nothing = {"trials": empty(CANDIDATES)}
     try:
         duckdb.SQLExpression(where)  # parses one expression and nothing around it
-        with _connect(empty) as connection:
+        with _connect(nothing) as connection:
             kind = connection.execute(f"DESCRIBE SELECT ({where}\n) FROM trials").fetchall()[0][1]
-            used = _used_columns(connection, f"SELECT seeds FROM trials WHERE ({where}\n)")
+            used = _used_columns(connection, f"SELECT seeds FROM trials WHERE ({where}\n)") & set(CANDIDATES.names)
     except duckdb.Error as error:
         raise _explained("where", error, CANDIDATES.names) from None
     if kind != "BOOLEAN":
@@ -193,14 +190,14 @@ def _condition_columns(where: str) -> set[str]:
     return used
 
 
-def _matches(candidates: pa.Table, where: str) -> pa.Array:
+def _matches(candidates: pa.Table, where: str) -> npt.NDArray[np.bool_]:
     table = _filled(candidates, CANDIDATES.append(_ROW))
     try:
         with _connect({"trials": table}) as connection:
             found: pa.Table = connection.sql(f"SELECT _row FROM trials WHERE ({where}\n)").to_arrow_table()
     except duckdb.Error as error:
         raise _explained("where", error, CANDIDATES.names) from None
-    return pc.is_in(candidates["_row"], value_set=found["_row"].combine_chunks())
+    return np.isin(integers(candidates["_row"]), integers(found["_row"]))
 
 
 # --- SQL --------------------------------------------------------------------------------------------------------------
@@ -216,7 +213,7 @@ def sql(ledger: Ledger, statement: str) -> pa.Table:
     names = sorted({name for schema in TABLES.values() for name in schema.names})
     try:
         query = _single_select(statement)
-        with _connect({name: schema.empty_table() for name, schema in TABLES.items()}) as connection:
+        with _connect({name: empty(schema) for name, schema in TABLES.items()}) as connection:
             used = _used_columns(connection, query)
 
         def read(snapshot: Snapshot) -> dict[str, pa.Table]:

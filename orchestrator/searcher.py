@@ -27,8 +27,8 @@ from orchestrator.space import SearchSpace
 from orchestrator.study_schema import SAMPLER_GROUP, SamplerSection
 from workers.protocol import INFRASTRUCTURE, Recipe
 
-DUPLICATES_IN_A_ROW = 10
-"""After so many repeated suggestions the sampler has nothing new to say and a recipe not seen yet is drawn instead."""
+KEEP = 0.8
+"""Share of a repeated recipe's parameters that its replacement keeps."""
 
 RANDOM_DRAWS = 300
 """Random tries for an unseen recipe before the space is enumerated."""
@@ -73,6 +73,26 @@ class RandomSuggest:
 
     def floating(self, name: str, low: float, high: float, step: float) -> float:
         return low + step * self.generator.randint(0, math.floor((high - low) / step + 1e-9))
+
+
+class NearSuggest(RandomSuggest):
+    """Draws near a recipe: each of its answers is kept with probability :data:`KEEP` where it is still a choice."""
+
+    def __init__(self, generator: random.Random, params: Mapping[str, Any]) -> None:
+        super().__init__(generator)
+        self.params = params
+
+    def _kept(self, name: str) -> bool:
+        return name in self.params and self.generator.random() < KEEP
+
+    def categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self.params[name] if self._kept(name) else super().categorical(name, choices)
+
+    def integer(self, name: str, low: int, high: int, step: int) -> int:
+        return int(self.params[name]) if self._kept(name) else super().integer(name, low, high, step)
+
+    def floating(self, name: str, low: float, high: float, step: float) -> float:
+        return float(self.params[name]) if self._kept(name) else super().floating(name, low, high, step)
 
 
 def make_sampler(section: SamplerSection) -> BaseSampler:
@@ -134,6 +154,7 @@ class Proposer:
         self.open: dict[int, Proposal] = {}
         self.recipes: dict[str, Recipe] = {}
         self.rejected: list[tuple[Recipe, str]] = []
+        self.lost: set[str] = set()
         self._again: list[Proposal] = []
         self._random = random.Random(seed)
 
@@ -148,14 +169,14 @@ class Proposer:
         if self._again:
             return self._again.pop(0), []
         answered: list[dict[str, Any]] = []
-        for _ in range(DUPLICATES_IN_A_ROW):
-            forced = self._enqueue_first()
+        while True:
+            enqueued = self._enqueue_first()
             proposal = self._ask_once(answered)
             if proposal is not None:
                 return proposal, answered
-            if forced:
-                continue
-        unseen = self._unseen()
+            if not enqueued:
+                break
+        unseen = self._unseen(answered[-1]["params"])
         if unseen is None:
             return None, answered
         self.study.enqueue_trial(self.space.params_of(unseen))
@@ -176,6 +197,10 @@ class Proposer:
 
     def _ask_once(self, answered: list[dict[str, Any]]) -> Proposal | None:
         trial = self.study.ask()
+        if not isinstance(self.study.sampler, optuna.samplers.TPESampler):
+            _ = (
+                trial.relative_params
+            )  # puts enqueued recipes too into NSGA-II's generations; costs TPE and gives it nothing
         recipe = self.space.sample(TrialSuggest(trial))
         self.recipes[recipe.hash] = recipe
         proposal = Proposal(trial.number, recipe, self._state(trial.number, recipe))
@@ -183,7 +208,7 @@ class Proposer:
             self._tell(trial.number, self.outcomes[recipe.hash])
             answered.append({**proposal.state, "duplicate": True})
             return None
-        if recipe.hash in {p.recipe.hash for p in self.open.values()}:
+        if recipe.hash in self._unanswered():
             self.study.tell(trial.number, state=TrialState.FAIL)
             answered.append({**proposal.state, "running": True})
             return None
@@ -198,14 +223,23 @@ class Proposer:
         return proposal
 
     def _seen(self) -> set[str]:
-        return set(self.outcomes) | {p.recipe.hash for p in self.open.values()}
+        return set(self.outcomes) | self._unanswered()
 
-    def _unseen(self) -> Recipe | None:
-        seen, suggest = self._seen(), RandomSuggest(self._random)
-        for _ in range(RANDOM_DRAWS):
-            recipe = self.space.sample(suggest)
-            if recipe.hash not in seen and self._possible(recipe):
-                return recipe
+    def _unanswered(self) -> set[str]:
+        """Recipes that are not run again by this process and whose outcome is not known: in flight, or given up."""
+        return self.lost | {p.recipe.hash for p in self.open.values()}
+
+    def _unseen(self, params: Mapping[str, Any]) -> Recipe | None:
+        """Returns a recipe not seen yet, near the one that ``params`` stand for; None if the space is exhausted.
+
+        A sampler that repeats itself means that region: a neighbour of it is worth more than a second look.
+        """
+        seen = self._seen()
+        for suggest in (NearSuggest(self._random, params), RandomSuggest(self._random)):
+            for _ in range(RANDOM_DRAWS):
+                recipe = self.space.sample(suggest)
+                if recipe.hash not in seen and self._possible(recipe):
+                    return recipe
         return next((r for r in self.space.enumerate() if r.hash not in seen and self._possible(r)), None)
 
     def _possible(self, recipe: Recipe) -> bool:
@@ -216,9 +250,9 @@ class Proposer:
         return {
             "number": number,
             "recipe": recipe.to_json(),
-            "params": frozen.params,
+            "params": dict(frozen.params),
             "distributions": {k: distribution_to_json(d) for k, d in frozen.distributions.items()},
-            "system_attrs": frozen.system_attrs,
+            "system_attrs": dict(frozen.system_attrs),  # a copy: what is told later does not belong to what was asked
         }
 
     def _frozen(self, number: int) -> FrozenTrial:
@@ -230,7 +264,7 @@ class Proposer:
         """Tells Optuna how a proposal ended: one status and one mapping of metrics a seed.
 
         All seeds ok: the means of the metrics. A deterministic failure: pruned. An infrastructure failure: failed, which
-        samplers ignore, and the recipe may be asked for again.
+        samplers ignore; this process does not ask for the recipe again, the next one does (see :meth:`restore`).
         """
         proposal = self.open.pop(number)
         if all(status == "ok" for status in statuses):
@@ -238,6 +272,7 @@ class Proposer:
             self.outcomes[proposal.recipe.hash] = outcome
             self._tell(number, outcome)
         elif any(status in INFRASTRUCTURE for status in statuses):
+            self.lost.add(proposal.recipe.hash)
             self.study.tell(number, state=TrialState.FAIL)
         else:
             self.outcomes[proposal.recipe.hash] = None
@@ -300,7 +335,3 @@ class Proposer:
         )
         trial.datetime_start = datetime.now()
         self.study.add_trial(trial)
-
-    def again(self, number: int) -> None:
-        """Asks for an open proposal once more: its worker was lost."""
-        self._again.append(self.open[number])

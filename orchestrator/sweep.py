@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,7 @@ class Sweep:
     @property
     def finished(self) -> bool:
         """Nothing is in flight and nothing more will be issued."""
-        return not self.open and not self._retry and self._no_more()
+        return not self.open and self._no_more() and (not self._retry or self.stopping is not None)
 
     def _no_more(self) -> bool:
         limit = self.config.budget.time
@@ -101,7 +101,6 @@ class Sweep:
     def next_work(self) -> Work | None:
         """Returns the next work, or None: wait (something is in flight) or, where :attr:`finished`, nothing is left."""
         if self.stopping is not None:
-            self._retry.clear()
             return None
         if self._retry:
             return self._issue(self._retry.pop(0))
@@ -135,7 +134,7 @@ class Sweep:
         self.issued += 1
         if proposal.number in self._resumed:  # a process that outlived its killed driver may have finished it since
             self.rows |= self._known([s.trial_id for s in self.specs(proposal.recipe)])
-        specs = tuple(s for s in self.specs(proposal.recipe) if self.rows.get(s.trial_id, ("",))[0] != "ok")
+        specs = self._to_do(self.specs(proposal.recipe))
         self.ledger.write_ask(
             self.context.digest, proposal.number, {**proposal.state, "specs": [s.to_dict() for s in specs]}
         )
@@ -143,6 +142,13 @@ class Sweep:
             self._tell(proposal.number, proposal.recipe)
             return None
         return Work(proposal.number, proposal.recipe, specs, dict(proposal.state))
+
+    def _to_do(self, specs: Sequence[TrialSpec]) -> tuple[TrialSpec, ...]:
+        """Returns those of a recipe's trials that are left to run: none after a failure that says something about it."""
+        statuses = [self.rows[s.trial_id][0] if s.trial_id in self.rows else None for s in specs]
+        if any(status not in {None, "ok", *INFRASTRUCTURE} for status in statuses):
+            return ()
+        return tuple(s for s, status in zip(specs, statuses, strict=True) if status != "ok")
 
     def _known(self, trials: Sequence[str] | None) -> dict[str, tuple[str, dict[str, float]]]:
         """Accepted outcomes in the ledger (None: all of this context) that say something about their recipe."""
@@ -178,12 +184,12 @@ class Sweep:
         self.open.pop(_key(work), None)
         for outcome in outcomes:
             self.rows[outcome["trial_id"]] = (outcome["status"], dict(outcome["metrics"]))
-        if work.number is None:
-            self._baseline_ended(work)
-            return
-        self._tell(work.number, work.recipe)
+        self._end(work)
 
-    def _baseline_ended(self, work: Work) -> None:
+    def _end(self, work: Work) -> None:
+        if work.number is not None:
+            self._tell(work.number, work.recipe)
+            return
         status, metrics = self.rows[work.specs[0].trial_id]
         if status == "ok":
             self.baseline = metrics
@@ -203,30 +209,29 @@ class Sweep:
         Attempts that it still wrote count. Infrastructure failures are retried ``retries`` times; every loss is recorded.
         """
         self.open.pop(_key(work), None)
-        known = self.ledger.outcomes(self.context.digest, [s.trial_id for s in work.specs])
-        self.rows |= known
-        missing = [s for s in work.specs if s.trial_id not in known or known[s.trial_id][0] in INFRASTRUCTURE]
-        if missing:
-            self._record_loss(missing[0], status, reason, work.state)
-        unfinished = Work(work.number, work.recipe, tuple(missing), work.state)
-        failed = any(known.get(s.trial_id, ("ok",))[0] not in {"ok", *INFRASTRUCTURE} for s in work.specs)
+        left = self._left(work)
+        if left:
+            self._record_loss(left[0], status, reason, work.state)
         self.lost_count[_key(work)] += 1
         retry = status in INFRASTRUCTURE and self.lost_count[_key(work)] <= self.config.retries
-        if missing and retry and not failed and self.stopping is None:
-            self._retry.append(unfinished)
-        elif work.number is None:
-            self._baseline_ended(work)
+        if left and retry:
+            self._retry.append(replace(work, specs=left))
         else:
-            self._tell(work.number, work.recipe)
+            self._end(work)
+
+    def _left(self, work: Work) -> tuple[TrialSpec, ...]:
+        """Takes what the lost worker of ``work`` still wrote; returns the specs that are left to do."""
+        self.rows |= self._known([s.trial_id for s in work.specs])
+        return self._to_do(work.specs)
 
     def again(self, work: Work) -> None:
         """Issues ``work`` once more without blame: the run around it ended, not its worker."""
         self.open.pop(_key(work), None)
-        known = self.ledger.outcomes(self.context.digest, [s.trial_id for s in work.specs])
-        if all(s.trial_id in known for s in work.specs):
-            self.ended(work, [{"trial_id": t, "status": s, "metrics": m} for t, (s, m) in known.items()])
+        left = self._left(work)
+        if left:
+            self._retry.append(replace(work, specs=left))
         else:
-            self._retry.append(work)
+            self._end(work)
 
     def _record_loss(self, spec: TrialSpec, status: str, reason: str, state: Mapping[str, Any] | None) -> None:
         seen = self.ledger.running().get(spec.trial_id, {})

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -18,11 +17,13 @@ import ray
 from ray import tune
 
 from orchestrator.ledger import Ledger, attempt_row
+from workers.lease import identity
 from workers.protocol import TrialResult, TrialSpec
 from workers.storage import open_storage
 
-WATCHDOG_GRACE_S = 60.0
-"""Extra seconds after a trial's timeout before a process that does not react is ended from inside."""
+WATCHDOG_FACTOR = 3.0
+"""After so many timeouts a process that does not react is ended from inside: waiting for the lane or for a stage that another
+trial runs does not count towards the timeout, and is bounded by that trial's own."""
 
 
 def run_specs(work: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -53,7 +54,7 @@ def run_specs(work: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _whereabouts() -> dict[str, Any]:
     node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
-    return {"host": socket.gethostname(), "pid": os.getpid(), "node": node, "started_at": time.time()}
+    return {**identity(), "node": node, "started_at": time.time()}
 
 
 class _Watchdog:
@@ -72,7 +73,7 @@ class _Watchdog:
         self._done.set()
 
     def _watch(self) -> None:
-        limit = (self.spec.timeout_s or 0.0) * 2 + WATCHDOG_GRACE_S  # waiting for the lane does not count, hence twice
+        limit = (self.spec.timeout_s or 0.0) * WATCHDOG_FACTOR
         if self._done.wait(limit):
             return
         result = TrialResult(

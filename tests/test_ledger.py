@@ -14,9 +14,9 @@ import pyarrow as pa
 import pytest
 
 from orchestrator import ledger as ledger_module
+from orchestrator.columns import booleans, equals, floats, group_numbers, integers, to_arrow
 from orchestrator.ledger import Ledger, LedgerError, attempt_row, parquet_bytes
 from orchestrator.ledger_schema import ATTEMPTS, MEASUREMENTS
-from orchestrator.ledger_trials import group_numbers
 from workers.protocol import Context, Measurement, Recipe, Step, TrialResult, TrialSpec, trial_id
 from workers.storage import LocalStorage, Storage, open_storage
 
@@ -169,6 +169,24 @@ def test_equal_names_get_one_number(names):
     if names:
         tail, count = group_numbers(pa.chunked_array([pa.array(names).slice(1)]))
         assert (count, len(tail)) == (len(set(names[1:])), len(names) - 1)
+
+
+def test_columns_become_arrays_and_back():
+    parts = [pa.array([None, 1, 2]), pa.array([3, 4, None, 5]).slice(1), pa.array([], pa.int64())]
+    whole = pa.chunked_array(parts, pa.int64())
+    assert integers(whole).tolist() == [0, 1, 2, 4, 0, 5]
+    reals = floats(whole.cast(pa.float64()))
+    assert np.array_equal(reals, [np.nan, 1, 2, 4, np.nan, 5], equal_nan=True)
+    assert to_arrow(reals).equals(whole.cast(pa.float64()).combine_chunks())
+    flags = pa.chunked_array([pa.array([True] * 9 + [None, False, True]).slice(7), pa.array([None, True])])
+    assert booleans(flags).tolist() == [True, True, False, False, True, False, True]
+    assert to_arrow(booleans(flags)).to_pylist() == booleans(flags).tolist()
+    text = pa.chunked_array(
+        [pa.array(["ok", None, "error", "ok"]).slice(1), pa.array(["error"]), pa.array([], pa.string())]
+    )
+    assert equals(text, "ok").tolist() == [False, False, True, False]
+    for empty in (pa.chunked_array([], pa.int64()), pa.chunked_array([pa.array([], pa.int64())])):
+        assert len(integers(empty)) == len(floats(empty)) == len(booleans(empty.cast(pa.bool_()))) == 0
 
 
 def test_derived_columns_use_the_baseline_of_the_same_context(storage):
@@ -534,9 +552,17 @@ def test_a_second_process_always_sees_a_consistent_state(tmp_path):
     assert int(out) >= 3
 
 
-def test_reading_imports_neither_torch_nor_ray():
-    code = "import sys, orchestrator.ledger, orchestrator.query, orchestrator.rows; print([m for m in ('torch', 'ray', 'optuna', 'pandas') if m in sys.modules])"
-    command = [sys.executable, "-c", code]
+def test_a_frontier_imports_neither_torch_nor_ray_nor_pandas(tmp_path):
+    ledger = Ledger(LocalStorage(tmp_path), STUDY)
+    ledger.append(synthetic(5))
+    code = (
+        "import sys, orchestrator.rows; from orchestrator.ledger import Ledger; from orchestrator.query import pareto, sql\n"
+        "from workers.storage import open_storage; ledger = Ledger(open_storage(sys.argv[1]), 'digits')\n"
+        "assert pareto(ledger, ['top1_pct'], where='size_bytes < 3').num_rows == 0\n"
+        "assert sql(ledger, 'select number from trials').num_rows == 5\n"
+        "print([m for m in ('torch', 'ray', 'optuna', 'pandas') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
     found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
     assert found.stdout.strip() == "[]"
 

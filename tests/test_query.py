@@ -118,7 +118,7 @@ def test_an_empty_ledger_has_an_empty_frontier(tmp_path):
 def test_several_seeds_count_as_their_mean(tmp_path):
     ledger = Ledger(LocalStorage(tmp_path), STUDY, ["size_bytes < 500"])
     for seed, top1, size in [(2, 90.0, 100.0), (1, 94.0, 200.0)]:
-        ledger.write_attempt(make_row(1, seed=seed, metrics={"top1_pct": top1, "size_bytes": size}))
+        ledger.write_attempt(make_row(1, seed=seed, metrics={"top1_pct": top1, "size_bytes": size, "macs": size}))
     ledger.write_attempt(
         make_row(2, metrics={"top1_pct": 91.0, "size_bytes": 50.0})
     )  # dominates one seed, not the mean
@@ -131,6 +131,7 @@ def test_several_seeds_count_as_their_mean(tmp_path):
         (1, 1, 2, 92.0, 150.0),
         (2, 0, 1, 91.0, 50.0),
     ]
+    assert (rows[0]["macs"], rows[1]["macs"]) == (150.0, None)
     assert numbers(pareto(ledger, BOTH, all_rows=True)) == [4, 1, 2]
     assert numbers(pareto(ledger, BOTH, where="size_bytes > 100")) == [1]
 

@@ -12,7 +12,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -93,16 +93,17 @@ def holder(storage: Storage, name: str) -> dict[str, Any] | None:
     """Returns who holds the lease; None where nobody does, or a process of this machine that is gone."""
     files = storage.files(name)
     record = _parse(storage.read(f"{name}/{files[-1]}")) if files else {}
-    return record if record.get("state") == "held" and _alive(record) is not False else None
+    return record if record.get("state") == "held" and alive(record) is not False else None
 
 
-def _identity(note: dict[str, Any]) -> dict[str, Any]:
+def identity() -> dict[str, Any]:
+    """Returns what names this process among all machines' past and present ones; :func:`alive` reads it."""
     process = psutil.Process()
-    return {**note, "host": socket.gethostname(), "pid": process.pid, "process_started": process.create_time()}
+    return {"host": socket.gethostname(), "pid": process.pid, "process_started": process.create_time()}
 
 
-def _alive(record: dict[str, Any]) -> bool | None:
-    """False for a process of this machine that is gone, None where it cannot be known."""
+def alive(record: Mapping[str, Any]) -> bool | None:
+    """Says whether the process with the :func:`identity` in ``record`` lives; None where it cannot be known from here."""
     if record.get("host") != socket.gethostname():
         return None
     try:
@@ -112,6 +113,8 @@ def _alive(record: dict[str, Any]) -> bool | None:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def acquire(
@@ -147,16 +150,18 @@ def acquire(
         content = storage.read(_file(name, last)) if last else b""
         record = _parse(content)
         if record.get("state") == "held":
-            alive = _alive(record)
+            lives = alive(record)
             beaten = watched is not None and content != watched
-            if wait is None and (alive or beaten):
+            if wait is None and (lives or beaten):
                 raise LeaseHeld(name, record)
             if content != watched:
                 watched, since = content, time.monotonic()
-            if alive or (alive is None and time.monotonic() - since <= ttl_s):
+            if lives or (lives is None and time.monotonic() - since <= ttl_s):
                 time.sleep(poll_s)
                 continue
-        owner = _identity(note or {})
+        if wait is not None and wait():  # the holder finished between the first look and its release
+            return None
+        owner = {**(note or {}), **identity()}
         if storage.put_if_absent(_file(name, last + 1), json.dumps({**owner, "state": "held"}).encode()):
             return Lease(storage, name, last + 1, owner)
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from workers.techniques.record import Applied, Surroundings, Technique, choice, number
 
-KINDS = ("none", "nan", "allocate", "sleep", "hang", "raise", "die", "die_once", "hog")
+KINDS = ("none", "nan", "allocate", "sleep", "hang", "raise", "die", "die_once", "sleep_once", "hog")
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ def fail(kind: str) -> None:
         raise RuntimeError("the fault technique was told to raise")
     elif kind == "die":
         os.kill(os.getpid(), signal.SIGKILL)
-    elif kind == "die_once":
+    elif kind in ("die_once", "sleep_once"):
         mark = Path(os.environ["VITPARETO_FAULT_MARK"])
         if not mark.exists():
             mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            fail(kind.removesuffix("_once"))
     elif kind == "hog":
         held = []
         while True:

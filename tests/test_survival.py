@@ -1,0 +1,130 @@
+"""A driver killed with its whole process group at several moments: nothing that ended is lost or repeated."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.processes import Study, kill_group, until
+from tests.studies import fault_study, tiny_study
+from workers.lease import alive
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
+
+TRIALS = 8
+SLOW = {"baseline": {"epochs": 40}, "recovery": {"epochs": 20}}
+"""Epochs that make a training last about a second, long enough to be killed in."""
+
+
+def in_training(study: Study, kind: str) -> list[str]:
+    """Returns the stages of a kind that run right now."""
+    found = []
+    for key in set(study.executions()) - study.completed():
+        folder = f"stages/{key}/leases"
+        record = json.loads(study.storage.read(f"{folder}/{study.storage.files(folder)[-1]}"))
+        if record["stage"] == kind and record["state"] == "held":
+            found.append(key)
+    return found
+
+
+def kill(study: Study, process: Any) -> None:
+    """Kills the driver's group and waits until its workers, which Ray starts in groups of their own, are gone too."""
+    kill_group(process)
+    deadline = time.monotonic() + 30
+    while any(alive(mark) for mark in study.marks().values()):
+        assert time.monotonic() < deadline, "a worker outlived its driver"
+        time.sleep(0.1)
+
+
+def test_killed_sweeps_end_with_exactly_the_budgeted_set(tmp_path: Path) -> None:
+    study = Study(tmp_path, tiny_study("survivor", trials=TRIALS, training=SLOW))
+    generator = random.Random(7)
+    moments = [
+        lambda: in_training(study, "baseline"),
+        lambda: len(study.attempts()) >= 1 + generator.randint(1, 2),
+        lambda: in_training(study, "recovery"),
+        lambda: len(study.attempts()) >= 4 + generator.randint(1, 2),
+    ]
+    kept: dict[str, str] = {}
+    stages: dict[str, int] = {}
+    for moment in moments:
+        process = study.start()
+        try:
+            until(moment, process)
+            time.sleep(generator.uniform(0, 0.3))
+        finally:
+            kill(study, process)
+        kept |= {r["attempt_id"]: r["trial_id"] for r in study.attempts() if r["status"] == "ok"}
+        for key in set(study.executions()) - study.completed():
+            stages[key] = stages.get(key, 0) + 1
+    assert 0 < len(kept) < TRIALS + 1, "the moments of this seed no longer hit a running sweep"
+    study.run()
+
+    attempts = study.attempts()
+    trials = study.ledger.trials().to_pylist()
+    assert len(trials) == len(attempts) == TRIALS + 1  # the baseline too
+    assert {r["status"] for r in attempts} == {"ok"}
+    assert kept.items() <= {r["attempt_id"]: r["trial_id"] for r in attempts}.items()
+    assert study.executions() == {key: 1 + stages.get(key, 0) for key in study.completed()}
+    check_numbers(study, TRIALS)
+    assert not study.marks()
+
+    study.finish("resume", study.name, "--quiet", "--trials", str(TRIALS + 2))
+    more = study.attempts()
+    assert [r["attempt_id"] for r in more[: len(attempts)]] == [r["attempt_id"] for r in attempts]
+    assert len(more) == TRIALS + 3
+    check_numbers(study, TRIALS + 2)
+
+    asked = study.asks()
+    study.finish("resume", study.name, "--quiet")
+    assert study.attempts() == more
+    assert study.asks() == asked
+
+
+def check_numbers(study: Study, trials: int) -> None:
+    """Optuna's numbers have no gap, and every proposal that was to be run has its row under its own number."""
+    asks = study.asks()
+    assert [a["number"] for a in asks] == list(range(len(asks)))
+    run = {a["number"]: a["recipe"] for a in asks if "specs" in a}
+    assert len(run) == trials
+    assert run == {r["number"]: r["recipe"] for r in study.attempts() if not r["is_baseline"]}
+
+
+def test_a_second_driver_is_refused_and_an_interrupt_ends_cleanly(tmp_path: Path) -> None:
+    study = Study(tmp_path, fault_study("shared", ["sleep"]))
+    lease = f"{study.name}/lease"
+
+    def asleep(other: Sequence[int] = ()) -> set[int]:
+        """Returns the worker that runs the sleeping trial, if it is not one of ``other``."""
+        found = {m["pid"] for m in study.marks().values()} - set(other)
+        return found if study.storage.files(f"{study.name}/asks") else set()
+
+    first = study.start()
+    try:
+        sleeper = until(asleep, first)
+        refused = study.finish("run", str(study.file), "--quiet", status=1)
+        assert f"study shared in {study.storage.url} is being run by process {first.pid}" in refused
+    finally:
+        kill(study, first)
+
+    second = study.start()
+    try:
+        until(lambda: asleep(sleeper), second)
+        second.send_signal(signal.SIGINT)
+        output = second.communicate(timeout=60)[0]
+    finally:
+        kill_group(second)
+    assert second.returncode == 1, output
+    assert f"go on with: vitpareto resume shared --storage {study.storage.url}" in output
+    assert "Traceback" not in output
+    assert not study.marks()
+    assert not study.storage.files(f"{study.name}/attempts")  # compacted
+    assert [r["status"] for r in study.attempts()] == ["ok"]  # the baseline
+    assert json.loads(study.storage.read(f"{lease}/000002.json"))["state"] == "released"
