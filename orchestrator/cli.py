@@ -9,6 +9,8 @@ from __future__ import annotations
 import enum
 import json
 import os
+import shlex
+import socket
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -27,12 +29,18 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="vitpareto",
     help="Searches combinations of vision-transformer compression techniques for the Pareto frontier worth shipping.",
+    epilog="Example: vitpareto run quick",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-jobs = typer.Typer(help="Jobs that `submit` sent to a Ray cluster.", no_args_is_help=True, rich_markup_mode=None)
+jobs = typer.Typer(
+    help="Jobs that `submit` sent to a Ray cluster.",
+    epilog="Example: vitpareto jobs logs my-study --address http://127.0.0.1:8265",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 app.add_typer(jobs, name="jobs")
 
 
@@ -50,7 +58,7 @@ FormatOption = Annotated[Format, typer.Option("--format", help="How rows come ou
 AddressOption = Annotated[str, typer.Option(help="Address of the head's dashboard.", envvar="RAY_API_SERVER_ADDRESS")]
 TrialsOption = Annotated[int | None, typer.Option(min=1, help="Trials in total, in place of the study's own budget.")]
 BudgetOption = Annotated[str | None, typer.Option(help="Wall time after which no trial is started: 90s, 30m, 2h.")]
-RayOption = Annotated[str | None, typer.Option(help="A running Ray (auto, ray://HEAD:10001); default: a local one.")]
+RayOption = Annotated[str | None, typer.Option(help="A running Ray: auto, HOST:PORT; default: a local one.")]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the study.")]
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY.yaml", help="A study file, or a study that ships: quick.")]
 STORAGE = "results"
@@ -60,43 +68,57 @@ class UsageError(Exception):
     """The command was asked for something that does not exist or does not fit; exit status 2."""
 
 
+_STATUS = {
+    "UsageError": 2,
+    "StudyError": 2,
+    "StudyRefused": 2,
+    "StudyNotFound": 2,
+    "StorageError": 2,
+    "QueryError": 2,
+    "SubmitRefused": 2,
+    "TaskError": 2,
+    "ModelError": 2,
+    "SubmitError": 1,
+    "StudyFailed": 1,
+    "StudyBusy": 1,
+    "LedgerError": 1,
+    "OSError": 1,
+}
+"""Exit status of the errors that a user can cause, by name: importing their modules would take seconds."""
+
+
 def _command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Turns the errors a user can cause into one line on stderr and an exit status."""
+    """Turns the errors a user can cause into lines on stderr and an exit status; others keep their traceback."""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             function(*args, **kwargs)
-        except BrokenPipeError:
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever reads our output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except KeyboardInterrupt:
-            print("vitpareto: interrupted", file=sys.stderr)
+            _say("interrupted")
             raise typer.Exit(1) from None
         except Exception as error:
-            status = _status(error)
+            status = next((_STATUS[k.__name__] for k in type(error).__mro__ if k.__name__ in _STATUS), None)
             if status is None:
                 raise
-            print(f"vitpareto: {error}", file=sys.stderr)
+            for line in _text(error).splitlines():
+                _say(line)
             raise typer.Exit(status) from None
 
     return run
 
 
-def _status(error: Exception) -> int | None:
-    """The exit status of an error that is reported in one line; None for one that deserves its traceback."""
-    kinds = {
-        "UsageError": 2,
-        "StudyError": 2,
-        "QueryError": 2,
-        "StudyFailed": 1,
-        "StudyBusy": 1,
-        "SubmitError": 1,
-        "LedgerError": 1,
-        "TaskError": 1,
-        "ModelError": 1,
-        "CheckpointError": 1,
-    }
-    return next((kinds[k.__name__] for k in type(error).__mro__ if k.__name__ in kinds), None)
+def _text(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _say(line: str) -> None:
+    print(f"vitpareto: {line}", file=sys.stderr)
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -110,7 +132,7 @@ def plan(study: StudyArgument, storage: StorageOption = STORAGE) -> None:
     from orchestrator.plan import describe_plan
 
     for line in describe_plan(load_study(study), storage):
-        print(line)
+        print(line, flush=True)  # before a refusal, which goes to stderr
 
 
 @app.command(epilog="Example: vitpareto run study.yaml --trials 40 --time-budget 30m")
@@ -143,48 +165,80 @@ def resume(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
 ) -> None:
     """Goes on with an interrupted study, or extends a finished one with a larger --trials."""
+    from orchestrator.study_schema import StudyConfig
+
     _, stored = _open(name, storage)
-    _run(_stored_config(stored), storage, trials, time_budget, address, quiet)
+    _run(StudyConfig.from_dict(stored["config"]), storage, trials, time_budget, address, quiet)
+
+
+def _seconds(time_budget: str | None) -> float | None:
+    from orchestrator.config import parse_duration_s
+
+    try:
+        return None if time_budget is None else parse_duration_s(time_budget)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
 
 
 def _run(
     config: StudyConfig, storage: str, trials: int | None, time_budget: str | None, address: str | None, quiet: bool
 ) -> None:
-    from orchestrator.config import parse_duration_s
+    from orchestrator.config import check_same_study
+    from orchestrator.ledger import Ledger
+    from orchestrator.studies import find_storage
 
     if trials is not None:
         config = config.model_copy(update={"trials": trials})
-    if time_budget is not None:
-        try:
-            seconds = parse_duration_s(time_budget)
-        except ValueError as error:
-            raise UsageError(f"--time-budget: {error}") from None
+    seconds = _seconds(time_budget)
+    if seconds is not None:
         config = config.model_copy(update={"budget": config.budget.model_copy(update={"time": seconds})})
+    if address is not None:
+        _check_ray(address)
+    ledger = Ledger(find_storage(storage), config.name)
+    stored = ledger.study_record()
+    if stored is not None:  # the driver asks again, after seconds of imports
+        check_same_study(config, stored["config"], ledger.folder)
+    if not quiet:
+        where = f"Ray at {address}" if address else "a local Ray"
+        print(
+            f"study {config.name}: up to {config.trials} trials on {where}, results in {ledger.folder}", file=sys.stderr
+        )
     from orchestrator.driver import run_study
 
-    try:
-        done = run_study(config, storage=storage, address=address, quiet=quiet)
-    except ValueError as error:
-        if _status(error) is None and "holds another study" not in str(error):
-            raise
-        raise UsageError(str(error)) from None
+    done = run_study(config, storage=storage, address=address, quiet=quiet)
     _print_run(done, storage)
-    if not done.complete:
-        raise typer.Exit(0 if done.reason.startswith("time budget") else 1)
+    if not done.complete and not done.reason.startswith("time budget"):
+        raise typer.Exit(1)
+
+
+def _check_ray(address: str) -> None:
+    """Refuses an address at which no Ray answers: Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if address == "auto" or "://" in address:  # the driver's matter
+        return
+    if not host or not port.isdigit():
+        raise UsageError(f"--address {address}: must be auto, or HOST:PORT of a running Ray, such as 127.0.0.1:6379")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(f"--address {address}: no Ray answers there ({error}); `ray status` knows more") from None
 
 
 def _print_run(done: StudyRun, storage: str) -> None:
+    from orchestrator.status import format_failures
     from orchestrator.units import format_seconds
 
     _frontier(done.name, storage, None, None, False, Format.table)
-    failed = ", ".join(f"{n} {status}" for status, n in done.failed.items()) or "none"
-    volume = "" if done.hypervolume is None else f", hypervolume {done.hypervolume:.4f} (baseline-relative)"
+    volume = "" if done.hypervolume is None else f", hypervolume {done.hypervolume:.4f}"
     print(
-        f"{done.done} of {done.budget} trials in {format_seconds(done.elapsed_s)}, failed: {failed}{volume}",
+        f"{done.done} of {done.budget} trials after {format_seconds(done.elapsed_s)}, "
+        f"failed: {format_failures(dict(done.failed))}{volume}",
         file=sys.stderr,
     )
+    if done.complete and done.done < done.budget:
+        print("the search space has no more recipes than these", file=sys.stderr)
     if not done.complete:
-        option = "" if storage == STORAGE else f" --storage {storage}"
+        option = "" if storage == STORAGE else f" --storage {shlex.quote(storage)}"
         print(f"stopped early: {done.reason}; go on with: vitpareto resume {done.name}{option}", file=sys.stderr)
     print(f"results: {done.folder}")
 
@@ -193,24 +247,11 @@ def _print_run(done: StudyRun, storage: str) -> None:
 
 
 def _open(name: str, storage: str) -> tuple[Ledger, dict[str, Any]]:
-    """Returns a study's ledger, ready for queries in the study's own context, and its stored record."""
-    from orchestrator.ledger import Ledger
-    from workers.storage import open_storage
+    """Returns a study's ledger and its stored record."""
+    from orchestrator.studies import open_ledger
 
-    store = open_storage(storage)
-    try:
-        stored = Ledger(store, name).study_record()
-    except ValueError:
-        stored = None
-    if stored is None:
-        raise UsageError(f"there is no study {name!r} in {store.url}; `vitpareto status` lists those there are")
-    return Ledger(store, name, stored["config"]["constraints"], stored["context"]), stored
-
-
-def _stored_config(stored: dict[str, Any]) -> StudyConfig:
-    from orchestrator.study_schema import StudyConfig
-
-    return StudyConfig.from_dict(stored["config"])
+    ledger = open_ledger(name, storage)
+    return ledger, ledger.study_record() or {}
 
 
 @app.command(epilog="Example: vitpareto status quick")
@@ -221,15 +262,18 @@ def status(
     format_: FormatOption = Format.table,
 ) -> None:
     """Says how far studies are, what failed, and which files in their folder cannot be read."""
-    from orchestrator.status import study_names, study_status
-    from workers.storage import open_storage
+    from orchestrator.status import for_people, study_status
+    from orchestrator.studies import find_storage, study_names
 
-    names = study_names(open_storage(storage)) if name is None else [name]
-    rows = [study_status(*_open(n, storage)) for n in names]
-    _write(rows, format_)
+    store = find_storage(storage)
+    names = study_names(store) if name is None else [name]
+    rows = [study_status(_open(n, storage)[0]) for n in names]
+    if not rows:
+        _say(f"there are no studies in {store.url}")
+    _write([for_people(r) for r in rows] if format_ is Format.table else rows, format_)
     for row in rows:
         for problem in row["problems"]:
-            print(f"vitpareto: {problem}", file=sys.stderr)
+            _say(problem)
 
 
 @app.command(epilog="Example: vitpareto show quick 3f2a90c1 --spec > spec.json && python -m workers spec.json")
@@ -242,17 +286,18 @@ def show(
     spec: Annotated[bool, typer.Option("--spec", help="Only what `python -m workers` needs to rerun it.")] = False,
 ) -> None:
     """Prints a trial: recipe, metrics with unit and conditions, provenance, and how to rerun it alone."""
+    from orchestrator.rows import plain
     from orchestrator.show import describe_trial, find_trial
 
     ledger, _ = _open(name, storage)
     try:
         row = find_trial(ledger, trial)
     except LookupError as error:
-        raise UsageError(str(error.args[0])) from None
+        raise UsageError(str(error)) from None
     if spec:
         print(json.dumps(row["spec"], indent=2))
     elif as_json:
-        print(json.dumps(row, indent=2, default=str))
+        print(json.dumps(plain(row), indent=2))
     else:
         for line in describe_trial(row, ledger, name, storage):
             print(line)
@@ -279,11 +324,27 @@ def _frontier(
 
     ledger, stored = _open(name, storage)
     directions: dict[str, str] = stored["config"]["objectives"]
-    wanted = [o.strip() for o in objectives.split(",") if o.strip()] if objectives else list(directions)
+    wanted = list(directions) if objectives is None else [o.strip() for o in objectives.split(",") if o.strip()]
     rows = query.pareto(ledger, wanted, None, where, all_rows=everything)
-    if format_ is Format.table:  # what fits a terminal; the other formats have every column
-        rows = rows.select(["trial_id", *wanted, *(["top1_pct_drop"] if "top1_pct_drop" not in wanted else []), "label"])
-    _rows(rows, format_)
+    if not len(rows):
+        rule = (
+            "meets the condition" if where else "is ok" + ("" if everything else " and keeps every constraint (--all)")
+        )
+        _say(f"the frontier is empty: no trial {rule}")
+    _rows(_for_people(rows, wanted, stored["config"]["techniques"]) if format_ is Format.table else rows, format_)
+
+
+def _for_people(rows: pa.Table, objectives: list[str], searched: dict[str, Any]) -> pa.Table:
+    """Returns the columns that fit a terminal, labels without what the study fixes; other formats have every column."""
+    import pyarrow as pa
+
+    from orchestrator.labels import short_label
+    from workers.protocol import Recipe
+
+    labels = [short_label(Recipe.from_json(text), searched) for text in rows["recipe"].to_pylist()]
+    drop = [] if "top1_pct_drop" in objectives else ["top1_pct_drop"]
+    shown = rows.select(["trial_id", *dict.fromkeys(objectives), *drop])
+    return shown.append_column("label", pa.array(labels, pa.string()))
 
 
 @app.command(epilog="""Example: vitpareto query quick "SELECT status, count(*) AS n FROM trials GROUP BY status\"""")
@@ -305,20 +366,25 @@ def query(
 @_command
 def techniques(format_: FormatOption = Format.table) -> None:
     """Lists the techniques with their parameters, ranges and defaults."""
-    from orchestrator.plan import technique_rows
+    from orchestrator.plan import technique_lines, technique_rows
 
-    _write(technique_rows(), format_)
+    _write(technique_lines() if format_ is Format.table else technique_rows(), format_)
 
 
 def _rows(table: pa.Table, format_: Format) -> None:
     from orchestrator.rows import format_rows
 
+    if format_ is Format.parquet and sys.stdout.isatty():
+        raise UsageError("--format parquet: must not go to a terminal; redirect it to a file")
     format_rows(table, format_.value, sys.stdout)
 
 
 def _write(rows: list[dict[str, Any]], format_: Format) -> None:
     import pyarrow as pa
 
+    from orchestrator.rows import plain
+
+    rows = plain(rows)
     if format_ is Format.json:  # nested values stay as they are
         print(json.dumps(rows, indent=2))
         return
@@ -348,6 +414,7 @@ def submit(
     """Sends a study to a Ray cluster as a job; sending it again is answered and runs nothing twice."""
     from orchestrator.submit import submit as send
 
+    _seconds(time_budget)
     options = [("--trials", trials), ("--time-budget", time_budget)]
     arguments = [text for flag, value in options if value is not None for text in (flag, str(value))]
     done = send(
@@ -375,11 +442,18 @@ def jobs_status(
 ) -> None:
     """Says how jobs are."""
     from dataclasses import asdict
+    from datetime import UTC, datetime
 
     from orchestrator.submit import job_status, list_jobs
 
     states = list_jobs(address) if job is None else [job_status(job, address)]
-    _write([asdict(s) for s in states], format_)
+    rows = [asdict(s) for s in states]
+    for row in rows:
+        for name in ("started_at", "ended_at"):
+            row[name] = None if row[name] is None else datetime.fromtimestamp(row[name], UTC)
+        if format_ is Format.table:
+            del row["entrypoint"]
+    _write(rows, format_)
 
 
 @jobs.command("logs", epilog="Example: vitpareto jobs logs my-study --address http://127.0.0.1:8265")

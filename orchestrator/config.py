@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -17,11 +17,18 @@ from orchestrator import study_faults as judge
 from orchestrator import study_schema, study_techniques
 from orchestrator.study_schema import StudyConfig, model_info
 from orchestrator.study_yaml import ABSENT, MAX_BYTES, Fault, StudyError, nearest, path_text, read, with_lines
+from workers.peak_memory import MIN_CPU_BYTES
+
+if TYPE_CHECKING:
+    from workers.techniques.record import ModelInfo
 
 __all__ = [
     "Fault",
     "StudyConfig",
     "StudyError",
+    "StudyRefused",
+    "check_measurable",
+    "check_same_study",
     "check_study_name",
     "load_study",
     "model_info",
@@ -30,13 +37,23 @@ __all__ = [
 ]
 
 
-def load_study(source: str | os.PathLike[str] | Mapping[str, Any]) -> StudyConfig:
+MAY_CHANGE = frozenset({"trials", "budget", "resources", "retries"})
+"""Keys in which a study may differ from the one of its name that the storage holds: they change no trial's numbers."""
+
+
+class StudyRefused(ValueError):
+    """A sound study that cannot be run as things are; the message says why and what to do."""
+
+
+def load_study(source: str | os.PathLike[str] | Mapping[str, Any], *, check_files: bool = True) -> StudyConfig:
     """Loads and checks a study.
 
     Args:
         source: a path, the name of a study that ships (``quick``), or the content as a mapping. A file wins over a
             shipped study of the same name. Relative paths inside a file are relative to the file's folder; where
             nothing lies there, to the working directory.
+        check_files: whether data and checkpoint must be here and readable. False for a study that runs elsewhere, where
+            they are.
 
     Returns:
         The study with absolute paths, every parameter of every technique, and complete recipes.
@@ -45,11 +62,11 @@ def load_study(source: str | os.PathLike[str] | Mapping[str, Any]) -> StudyConfi
         StudyError: with every fault of the study.
     """
     if isinstance(source, Mapping):
-        return _checked(dict(source), "study", Path.cwd())
+        return _checked(dict(source), "study", Path.cwd(), check_files=check_files)
     path = _find(source)
     text = _text(path)
     values, lines, faults = read(text, path.name)
-    return _checked(values, path.name, path.parent, lines, faults)
+    return _checked(values, path.name, path.parent, lines, faults, check_files=check_files)
 
 
 def shipped_studies() -> dict[str, Path]:
@@ -70,6 +87,35 @@ def check_study_name(name: str) -> str:
         raise StudyError("study", [_rule_fault("name", error.context or {}, name)]) from None
 
 
+def check_measurable(config: StudyConfig, info: ModelInfo) -> None:
+    """Checks that every objective can be told for a model of this size on the study's device.
+
+    Raises:
+        StudyRefused: one cannot.
+    """
+    smallest = MIN_CPU_BYTES // 4
+    if "peak_memory_bytes" in config.objectives and config.device == "cpu" and info.params < smallest:
+        raise StudyRefused(
+            f"objectives: peak_memory_bytes on a CPU needs a model of {smallest:,} parameters or more, {info.name} has "
+            f"{info.params:,}: less cannot be told apart from the libraries' own memory; remove the objective"
+        )
+
+
+def check_same_study(config: StudyConfig, stored: Mapping[str, Any], folder: str) -> None:
+    """Checks that ``config`` asks the question of the study that ``folder`` holds, whose config ``stored`` is.
+
+    Raises:
+        StudyRefused: it asks another one.
+    """
+    now = config.to_dict()
+    changed = [key for key in now if key not in MAY_CHANGE and stored.get(key) != now[key]]
+    if changed:
+        raise StudyRefused(
+            f"{folder} holds another study of the name {config.name}: they differ in {', '.join(changed)}; "
+            "use another --name or --storage"
+        )
+
+
 def parse_duration_s(text: str) -> float:
     """Returns ``90s``, ``30m`` or ``2h`` in seconds, for ``--time-budget``.
 
@@ -79,9 +125,9 @@ def parse_duration_s(text: str) -> float:
     try:
         seconds = float(study_schema.duration_s(text))  # type: ignore[arg-type]
     except PydanticCustomError as error:
-        raise ValueError(str(_rule_fault("duration", error.context or {}, text))) from None
+        raise ValueError(str(_rule_fault("time-budget", error.context or {}, text))) from None
     if seconds <= 0:
-        raise ValueError(f"duration: must be above 0 (got {text!r})")
+        raise ValueError(f"time-budget: must be above 0 (got {text!r}); for example 30m")
     return seconds
 
 
@@ -110,6 +156,8 @@ def _checked(
     folder: Path,
     lines: Mapping[str, int] | None = None,
     faults: list[Fault] | None = None,
+    *,
+    check_files: bool,
 ) -> StudyConfig:
     """Returns the study in ``values``; the schema's faults and the others are raised together."""
     values = _with_absolute_paths(values, folder)
@@ -133,10 +181,12 @@ def _checked(
         *recipe_faults,
         *judge.objective_faults(values.get("objectives"), values.get("reference_point")),
         *judge.model_name_faults(model.get("name")),
-        *judge.checkpoint_faults(model.get("checkpoint")),
-        *judge.data_faults(data),
+        *(judge.checkpoint_faults(model.get("checkpoint")) if check_files else ()),
+        *judge.data_faults(data, must_exist=check_files),
         *judge.resource_faults(values.get("device"), values.get("resources")),
     ]
+    if study is not None:
+        found += judge.sampler_faults(study.sampler)
     if found or study is None:
         raise StudyError(source, with_lines(_in_file_order(found, lines or {}), lines or {}))
     return study.model_copy(update={"techniques": techniques, "recipes": recipes})

@@ -29,6 +29,7 @@ from ray.exceptions import OutOfMemoryError, RayError
 from ray.tune.search import Searcher
 
 from orchestrator import query
+from orchestrator.config import check_measurable, check_same_study
 from orchestrator.ledger import Ledger, LedgerError
 from orchestrator.progress import Progress
 from orchestrator.study_schema import StudyConfig, model_info
@@ -47,6 +48,9 @@ ORPHANS_S = 20.0
 
 NODE_ANSWER_S = 2.0
 """Longest wait for a node's answer after one of its workers was lost."""
+
+COMPACT_ROWS = 64
+"""Loose attempts that are worth a compaction while a study runs; at its end all are compacted."""
 
 FRONTIER_S = 5.0
 """Seconds between two snapshots of the frontier while a study runs."""
@@ -110,7 +114,7 @@ def run_study(
         StudyBusy: another live driver runs it.
         StudyFailed: the baseline failed, or the run broke down again and again without a trial ending in between, or
             ``address`` is one of Ray Client.
-        ValueError: the results folder holds a study with another question under the same name.
+        StudyRefused: the folder holds a study with another question under the name, or an objective cannot be measured.
     """
     if address is not None and address.startswith("ray://"):  # Tune would run elsewhere, without the sweep's state
         raise StudyFailed(
@@ -120,6 +124,7 @@ def run_study(
     store = open_storage(storage)
     context = config.context()
     info = model_info(context)
+    check_measurable(config, info)
     try:
         lease = acquire(store, f"{config.name}/lease", note={"study": config.name})
     except LeaseHeld as error:
@@ -150,13 +155,7 @@ def _open_folder(ledger: Ledger, config: StudyConfig, context: str) -> str:
     """Writes the study and its token, or checks that the folder holds the same study; returns the token."""
     stored = ledger.study_record()
     if stored is not None:
-        before, now = stored["config"], config.to_dict()
-        changed = [k for k in now if k not in ("trials", "budget", "resources", "retries") and before.get(k) != now[k]]
-        if changed:
-            raise ValueError(
-                f"{ledger.folder} holds another study of the name {config.name}: they differ in {', '.join(changed)}; "
-                "use another --name or --storage"
-            )
+        check_same_study(config, stored["config"], ledger.folder)
     token = stored["token"] if stored is not None else secrets.token_hex(8)
     ledger.write_study({"config": config.to_dict(), "token": token, "context": context})
     return token
@@ -263,7 +262,7 @@ def _blame(sweep: Sweep, broken: BaseException) -> bool:
     found = False
     for work in in_flight:
         pids = {mark.get("pid") for mark in _whereabouts(sweep, work)}
-        if cause is not None and (culprit in pids or len(in_flight) == 1):
+        if cause is not None and (culprit in pids or (culprit is None and len(in_flight) == 1)):
             found = True
             sweep.lost(work, "host_oom", f"killed by Ray's memory monitor: {cause}")
         else:
@@ -462,6 +461,7 @@ def write_frontier(sweep: Sweep) -> None:
         reference=list(sweep.reference()),
         context=sweep.context.digest,
     )
+    sweep.ledger.compact(min_rows=COMPACT_ROWS)
 
 
 def _unreported(sweep: Sweep) -> list[TrialSpec]:

@@ -349,7 +349,7 @@ class Ledger:
             hypervolume: up to ``reference``, in multiples of the baseline; None where the baseline does not allow it.
             n_trials: trials done when it was taken.
             objectives: names, in the order of ``reference``.
-            reference: the reference point in multiples of the baseline, one number an objective.
+            reference: the reference point in the objectives' own units, one number an objective.
         """
         name = self._files.name("frontier.parquet")
         try:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
 
+from orchestrator.config import StudyRefused, check_measurable, check_same_study
+from orchestrator.ledger import Ledger
 from orchestrator.space import SearchSpace
+from orchestrator.studies import find_storage
 from orchestrator.study_schema import StudyConfig, model_info
 from orchestrator.units import format_seconds, format_value
-from workers.storage import open_storage
+from workers.storage import Storage
 
 
 def describe_plan(config: StudyConfig, storage: str) -> Iterator[str]:
@@ -17,9 +21,12 @@ def describe_plan(config: StudyConfig, storage: str) -> Iterator[str]:
 
     Raises:
         TaskError, ModelError, OSError: the data or the model cannot be read.
+        StudyRefused: it would not run, which is said after what can be said of it.
     """
+    store = find_storage(storage)
     context = config.context()
     info = model_info(context)
+    check_measurable(config, info)
     space = SearchSpace(config.techniques, info, max_techniques=config.max_techniques)
     yield f"study {config.name}: {config.trials} recipes towards {_objectives(config)}"
     yield (
@@ -30,7 +37,11 @@ def describe_plan(config: StudyConfig, storage: str) -> Iterator[str]:
     for text in config.constraints:
         yield f"constraint: {text}"
     yield from _resource_lines(config)
-    done, seconds = _finished_before(config, context.digest, storage)
+    if space.size() == 0:
+        raise StudyRefused(
+            f"study {config.name}: none of its techniques can work on {info.name}, for the reasons above"
+        )
+    done, seconds = _finished_before(config, context.digest, store)
     yield _time_line(config, done, seconds)
 
 
@@ -40,7 +51,8 @@ def _objectives(config: StudyConfig) -> str:
 
 def _space_lines(config: StudyConfig, space: SearchSpace) -> Iterator[str]:
     size = space.size()
-    yield f"search space: {size:,} recipes of up to {config.max_techniques} techniques"
+    fewer = f"; the study ends with them, before its {config.trials} trials" if 0 < size < config.trials else ""
+    yield f"search space: {size:,} recipes of up to {config.max_techniques} techniques{fewer}"
     rejected = space.count_infeasible()
     if rejected:
         yield f"  {rejected:,} of them cannot be carried out on this model and are never run"
@@ -48,7 +60,8 @@ def _space_lines(config: StudyConfig, space: SearchSpace) -> Iterator[str]:
         searched = ", ".join(f"{p} {_domain(d)}" for p, d in parameters.items())
         yield f"  {name}: {searched or 'no parameters'}"
     for names, reason in space.excluded():
-        yield f"  excluded: {' + '.join(names)}: {reason}"
+        what = " + ".join(names)
+        yield f"  excluded: {reason if reason.startswith(what) else f'{what}: {reason}'}"
     yield f"enqueued first: {len(config.recipes)} known-good recipes; then sampler {config.sampler.name}"
 
 
@@ -68,31 +81,30 @@ def _resource_lines(config: StudyConfig) -> Iterator[str]:
     yield f"each trial: {each}; at most {at_once} at once on this machine; seeds {config.seeds}"
 
 
-def _finished_before(config: StudyConfig, context: str, storage: str) -> tuple[int, list[float]]:
+def _finished_before(config: StudyConfig, context: str, store: Storage) -> tuple[int, list[float]]:
     """Returns how many trials of the study the storage holds and how long the ones that worked took."""
-    from orchestrator.ledger import Ledger
-
-    ledger = Ledger(open_storage(storage), config.name)
-    if ledger.study_record() is None:
+    ledger = Ledger(store, config.name)
+    stored = ledger.study_record()
+    if stored is None:
         return 0, []
+    check_same_study(config, stored["config"], ledger.folder)
     rows = ledger.trials(["context", "status", "duration_s", "is_baseline"]).to_pylist()
     mine = [r for r in rows if r["context"] == context and not r["is_baseline"]]
     return len(mine), [r["duration_s"] for r in mine if r["status"] == "ok"]
 
 
 def _time_line(config: StudyConfig, done: int, seconds: list[float]) -> str:
-    limit = "" if config.budget.time is None else f"; stops starting trials after {format_seconds(config.budget.time)}"
+    limit = "" if config.budget.time is None else f"; none is started after {format_seconds(config.budget.time)}"
     at_once = config.resources.max_concurrent or max(1, (os.cpu_count() or 1) // config.resources.cpus)
     left = max(0, config.trials - done)
     if seconds:
         each = sum(seconds) / len(seconds)
-        return (
-            f"time: {done} trials are done; the other {left} take about {format_seconds(each * left / at_once)}{limit}"
-        )
+        return f"time: {done} trials are done, {left} are left: about {format_seconds(each * left / at_once)}{limit}"
     if config.budget.trial_timeout is None:
         return f"time: not known before the first trials{limit}"
-    longest = config.budget.trial_timeout * len(config.seeds) * left / at_once
-    return f"time: at most {format_seconds(longest)} (every trial at its timeout of {format_seconds(config.budget.trial_timeout)}){limit}"
+    longest = config.budget.trial_timeout * len(config.seeds) * math.ceil(left / at_once)
+    timeout = format_seconds(config.budget.trial_timeout)
+    return f"time: at most {format_seconds(longest)} (every trial at its timeout of {timeout}){limit}"
 
 
 def technique_rows() -> list[dict[str, Any]]:
@@ -127,3 +139,19 @@ def technique_rows() -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def technique_lines() -> list[dict[str, Any]]:
+    """Returns one mapping a parameter, as people read it: what is searched, unless a study says otherwise, and the default."""
+    return [
+        {
+            "technique": technique["name"],
+            "family": technique["family"],
+            "parameter": parameter["name"],
+            "searched": _domain(parameter["searched"]),
+            "default": str(parameter["default"]),
+            "meaning": parameter["doc"],
+        }
+        for technique in technique_rows()
+        for parameter in technique["parameters"] or [{"name": "-", "searched": [""], "default": "", "doc": ""}]
+    ]

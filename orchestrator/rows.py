@@ -18,8 +18,8 @@ from workers.protocol import OBJECTIVES
 
 FORMATS = ("table", "json", "csv", "parquet")
 
-_JSON_WIDTH = 60
-"""Characters of a long text that the table for people shows."""
+_WIDTH = 60
+"""Characters of a long text that the table for people shows; labels are shown whole."""
 
 
 def format_rows(table: pa.Table, fmt: str, out: TextIO | None = None) -> None:
@@ -50,7 +50,7 @@ def format_rows(table: pa.Table, fmt: str, out: TextIO | None = None) -> None:
         raise ValueError(f"format: must be one of {', '.join(FORMATS)}, got {fmt!r}")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Returns a value that JSON has."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -60,9 +60,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, bytes):
         return value.hex()
     return value.isoformat() if isinstance(value, date) else _known(value)
@@ -74,7 +74,7 @@ def _known(value: Any) -> Any:
 
 def _rows(table: pa.Table) -> list[list[Any]]:
     # By position, since SQL may name two columns alike.
-    columns = [[_plain(v) for v in column.to_pylist()] for column in table.columns]
+    columns = [[plain(v) for v in column.to_pylist()] for column in table.columns]
     return [list(row) for row in zip(*columns, strict=True)]
 
 
@@ -84,6 +84,8 @@ def _write_json(table: pa.Table, out: TextIO) -> None:
 
 
 def _write_csv(table: pa.Table, out: TextIO) -> None:
+    if not table.num_columns:
+        return
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(table.column_names)
     for row in _rows(table):
@@ -96,14 +98,19 @@ def _write_table(table: pa.Table, out: TextIO) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
+    if not table.num_columns:
+        return
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for field in table.schema:
         number = pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
-        shown.add_column(Text(field.name), justify="right" if number else "left", overflow="fold")
+        text = pa.types.is_string(field.type)  # on a narrow terminal, text is folded before numbers are
+        shown.add_column(Text(field.name), justify="right" if number else "left", overflow="fold", no_wrap=not text)
     for row in _rows(table):
         shown.add_row(*[Text(human(name, value)) for name, value in zip(table.column_names, row, strict=True)])
-    width = None if out.isatty() else 100_000  # a file or pipe gets whole lines
-    Console(file=out, width=width).print(shown)
+    console = Console(file=out, width=None if out.isatty() else 100_000)  # a file or pipe gets whole lines
+    with console.capture() as captured:
+        console.print(shown)
+    out.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
 
 
 def human(name: str, value: Any) -> str:
@@ -117,4 +124,5 @@ def human(name: str, value: Any) -> str:
     text = json.dumps(value) if isinstance(value, list | dict) else str(value)
     if name.endswith("_at"):
         return text[:19].replace("T", " ")
-    return text if len(text) <= _JSON_WIDTH else text[: _JSON_WIDTH - 1] + "…"
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= _WIDTH or name == "label" else text[: _WIDTH - 1] + "…"

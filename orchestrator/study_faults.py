@@ -8,10 +8,20 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orchestrator.study_yaml import ABSENT, Fault, nearest
 from workers.protocol import OBJECTIVES
+
+if TYPE_CHECKING:
+    from orchestrator.study_schema import SamplerSection
+
+_PLAIN_VITS = ("vision_transformer", "deit")
+"""Modules of timm that hold them."""
+
+_RELATIVE = "paths are relative to the study file, then to the working directory"
 
 # --- objectives -------------------------------------------------------------------------------------------------------
 
@@ -47,52 +57,76 @@ def objective_faults(objectives: object, reference_point: object) -> list[Fault]
 
 
 def model_name_faults(name: object) -> list[Fault]:
-    """Judges a timm name."""
+    """Judges a timm name: what is compressed here is a plain vision transformer."""
     if not isinstance(name, str) or name.startswith(("hf-hub:", "hf_hub:")):
         return []
     import timm
 
-    if timm.is_model(name):
+    known = [model for module in _PLAIN_VITS for model in timm.list_models(module=module)]
+    if name.partition(".")[0] in known:  # a tag of weights may follow the model's name
         return []
-    known = [*timm.list_models("*vit_*"), *timm.list_models("deit*")]
-    return [Fault("model.name", "must be a timm model", name, nearest(name, known) if known else "")]
+    rule = "must be a plain vision transformer" if timm.is_model(name) else "must be a timm model"
+    near = get_close_matches(name, known, n=1)
+    return [Fault("model.name", rule, name, f"did you mean {near[0]}?" if near else "vit_* or deit_* of timm")]
 
 
 def checkpoint_faults(checkpoint: object) -> list[Fault]:
-    """Judges a checkpoint by its first bytes; reading its tensors, without running any code, is the model's matter."""
+    """Judges whether a checkpoint can be read without running code; whether it fits the model is the model's matter."""
     if not isinstance(checkpoint, str):
         return []
     path, where = Path(checkpoint), "model.checkpoint"
-    remedy = "paths are relative to the study file, then to the working directory"
     if not path.is_file():
-        return [Fault(where, "must be a file that exists", checkpoint, remedy)]
+        return [Fault(where, "must be a file that exists", checkpoint, _RELATIVE)]
     try:
-        sound = _has_safetensors_header(path) if path.suffix == ".safetensors" else zipfile.is_zipfile(path)
+        _open_checkpoint(path)
     except OSError as error:
-        return [Fault(where, f"must be readable: {error.strerror}", checkpoint, "check its permissions")]
-    if sound:
-        return []
-    rule = "must be .safetensors, or a .pth that torch.save wrote and that holds tensors only"
-    return [Fault(where, rule, checkpoint, "save it again with safetensors.torch.save_file(model.state_dict(), ...)")]
+        return [Fault(where, f"must be readable: {error.strerror or error}", checkpoint, "check its permissions")]
+    except Exception:  # noqa: BLE001 - a damaged or hostile file raises anything
+        rule = "must be .safetensors, or a .pth that torch.save wrote and that holds tensors only"
+        remedy = "save it again with safetensors.torch.save_file(model.state_dict(), ...)"
+        return [Fault(where, rule, checkpoint, remedy)]
+    return []
 
 
-def _has_safetensors_header(path: Path) -> bool:
-    """Whether a file starts with a little-endian 8-byte length and a JSON object of that length."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return 2 <= length <= path.stat().st_size - 8 and file.read(1) == b"{"
+def _open_checkpoint(path: Path) -> None:
+    """Reads the names of a checkpoint, not its numbers; raises where it cannot be loaded safely."""
+    with path.open("rb"):
+        pass
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, "numpy"):
+            return
+    import torch
+
+    torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
-def data_faults(data: object) -> list[Fault]:
-    """Judges where the data lies."""
+def data_faults(data: object, *, must_exist: bool = True) -> list[Fault]:
+    """Judges where the data lies; unless ``must_exist``, only whether the study says where."""
     if not isinstance(data, Mapping):
         return []
     kind, path = data.get("kind"), data.get("path")
-    if kind in ("imagefolder", "parquet") and path is None:
+    if kind in ("imagefolder", "parquet", "cifar10", "cifar100") and path is None:
         return [Fault("data.path", f"must be given for kind {kind}", ABSENT, "name the folder or file with the images")]
-    if isinstance(path, str) and "://" not in path and not Path(path).exists() and not str(kind).startswith("cifar"):
-        remedy = "paths are relative to the study file, then to the working directory"
-        return [Fault("data.path", "must exist", path, remedy)]
+    if isinstance(path, str) and "://" in path:
+        return [Fault("data.path", "must be a path, not a URL", path, "mount it, or copy it to the nodes")]
+    fetched = str(kind).startswith("cifar")  # torchvision downloads it to where it is not
+    if must_exist and isinstance(path, str) and not fetched and not Path(path).exists():
+        return [Fault("data.path", "must exist", path, _RELATIVE)]
+    return []
+
+
+def sampler_faults(sampler: SamplerSection) -> list[Fault]:
+    """Judges the keyword arguments that go to the sampler, by making it."""
+    if not sampler.options:
+        return []
+    from orchestrator.searcher import make_sampler
+
+    try:
+        make_sampler(sampler)
+    except ValueError as error:
+        return [Fault("sampler.options", "must be arguments of the sampler", sampler.options, str(error))]
     return []
 
 

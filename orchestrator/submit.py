@@ -43,6 +43,10 @@ class SubmitError(Exception):
     """A job that could not be sent or asked after; one line that names the place and the remedy."""
 
 
+class SubmitRefused(SubmitError):
+    """The request itself is wrong; nothing was asked of the cluster."""
+
+
 @dataclass(frozen=True)
 class SubmitResult:
     """What a submit came to: ``submitted`` is False where the job was already there."""
@@ -78,7 +82,7 @@ def check_address(address: str, environ: Mapping[str, str] = os.environ) -> str:
     """Returns the address of the head's dashboard without a trailing slash.
 
     Raises:
-        SubmitError: it is no http(s) address, or an environment variable would silently send job and token elsewhere.
+        SubmitRefused: it is no http(s) address, or an environment variable would silently send job and token elsewhere.
     """
     address = address.rstrip("/")
     try:
@@ -87,12 +91,14 @@ def check_address(address: str, environ: Mapping[str, str] = os.environ) -> str:
     except ValueError:
         usable = False
     if not usable:
-        raise SubmitError(
+        raise SubmitRefused(
             f"address {address!r}: must be the http(s) address of the head's dashboard; write it like http://HEAD:8265"
         )
     for variable in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):  # Ray's client prefers them to its argument
         if (environ.get(variable) or address).rstrip("/") != address:
-            raise SubmitError(f"address {address}: {variable}={environ[variable]} would override it; unset {variable}")
+            raise SubmitRefused(
+                f"address {address}: {variable}={environ[variable]} would override it; unset {variable}"
+            )
     return address
 
 
@@ -268,22 +274,26 @@ def submit(
         entrypoint: shell command to run in place of ``vitpareto run``.
 
     Raises:
-        SubmitError: study, storage, working directory, address or token are not usable, or the cluster refused the job.
-        StudyError: the study has faults.
+        SubmitRefused: study, storage, working directory or address are not usable.
+        SubmitError: the package is too large, there is no token, or the cluster refused the job.
+        StudyError: the study has faults. Its data and checkpoint are not looked for: they lie where it will run.
     """
-    from orchestrator.config import load_study
+    from orchestrator.config import check_study_name, load_study
 
     address = check_address(address)
     root = Path(working_dir).resolve()
     path = Path(study_path).resolve()
     if not path.is_file() or not path.is_relative_to(root):
-        raise SubmitError(f"study {study_path}: must be a file inside the working directory {root}; see --working-dir")
+        raise SubmitRefused(
+            f"study {study_path}: must be a file inside the working directory {root}; see --working-dir"
+        )
     if "://" not in storage and not Path(storage).is_absolute():
-        raise SubmitError(
+        raise SubmitRefused(
             f"storage {storage!r}: must be an absolute path that every node mounts, or a URL such as s3://BUCKET/PATH"
         )
     study = path.relative_to(root).as_posix()
-    name = name or load_study(path).name
+    config = load_study(path, check_files=False)
+    name = config.name if name is None else check_study_name(name)
     check_package(root, study)
     prefix = submission_prefix(name, path.read_bytes(), storage, arguments)
     command = [

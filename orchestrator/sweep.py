@@ -72,6 +72,7 @@ class Sweep:
     storage_url: str
     token: str
     started: float = field(default_factory=time.monotonic)
+    baseline_at: float = field(default_factory=time.monotonic)
     rows: dict[str, tuple[str, dict[str, float]]] = field(default_factory=dict)
     baseline: dict[str, float] | None = None
     exhausted: bool = False
@@ -192,7 +193,7 @@ class Sweep:
             return
         status, metrics = self.rows[work.specs[0].trial_id]
         if status == "ok":
-            self.baseline = metrics
+            self.baseline, self.baseline_at = metrics, time.monotonic()
         else:
             self.stopping = f"the baseline failed ({status})"
 
@@ -296,7 +297,8 @@ class Sweep:
         done = self.issued - len([w for w in [*self.open.values(), *self._retry] if w.number is not None])
         elapsed = time.monotonic() - self.started
         here = done - self.done_before
-        left = elapsed / here * (self.config.trials - done) if here > 0 else None
+        spent = time.monotonic() - self.baseline_at  # the baseline is made once, the rate is that of the trials
+        left = spent / here * (self.config.trials - done) if here > 0 else None
         if left is not None and self.config.budget.time is not None:
             left = min(left, max(0.0, self.config.budget.time - elapsed))
         failed = Counter(s for s in ended if s != "ok")

@@ -29,7 +29,7 @@ def format_value(name: str, value: float | None) -> str:
         return (_scaled(value) + unit).strip()
     if unit in (" %", " points"):
         return f"{value:.2f}{unit}"
-    return f"{value:.4g}{unit}"
+    return f"{value:,.0f}{unit}" if 9999 <= abs(value) < 1e15 else f"{value:.4g}{unit}"
 
 
 def _scaled(value: float) -> str:
@@ -40,7 +40,9 @@ def _scaled(value: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Returns ``45 s``, ``3 min 05 s`` or ``2 h 10 min``."""
+    """Returns ``1.4 s``, ``45 s``, ``3 min 05 s`` or ``2 h 10 min``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

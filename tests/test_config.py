@@ -10,9 +10,18 @@ from typing import Any
 import pytest
 
 from orchestrator import config
-from orchestrator.config import Fault, StudyConfig, StudyError, load_study
+from orchestrator.config import (
+    Fault,
+    StudyConfig,
+    StudyError,
+    StudyRefused,
+    check_measurable,
+    load_study,
+    model_info,
+)
 from orchestrator.constraints import METRICS, Constraint, ConstraintError, derived, parse
 from orchestrator.study_yaml import ABSENT
+from tests.studies import tiny_study
 from workers.protocol import OBJECTIVES, Step
 
 
@@ -252,6 +261,8 @@ def test_every_fault_of_a_file_is_reported_at_once(tmp_path: Path) -> None:
         ({"data": {"kind": "digits", "search_fraction": 1.0}}, "data.search_fraction", "must be less than 1"),
         ({"data": {"kind": "imagefolder", "path": "/nowhere"}}, "data.path", "must exist"),
         ({"trials": "16"}, "trials", "must be a valid integer"),
+        ({"model": {"name": "resnet18"}}, "model.name", "must be a plain vision transformer"),
+        ({"sampler": {"options": {"nonsense": 1}}}, "sampler.options", "must be arguments of the sampler"),
         ({"trails": 16}, "trails", "must be a known key"),
         ({"seeds": []}, "seeds", "must have at least 1 item"),
         ({"recipes": [[]]}, "recipes[0]", "must have at least 1 item"),
@@ -328,8 +339,9 @@ def test_an_unknown_study_names_the_nearest_that_ships() -> None:
     assert only_fault("quik").remedy == "did you mean quick?"
 
 
-def test_checkpoints_are_judged_by_their_header(tmp_path: Path) -> None:
-    import pickle
+def test_checkpoints_are_refused_unless_they_load_without_running_code(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
 
     def fault(path: Path) -> list[Fault]:
         try:
@@ -338,18 +350,35 @@ def test_checkpoints_are_judged_by_their_header(tmp_path: Path) -> None:
             return error.faults
         return []
 
-    good, cut, code, archive = (tmp_path / n for n in ("a.safetensors", "b.safetensors", "c.pth", "d.pth"))
-    header = json.dumps({}).encode()
-    good.write_bytes(len(header).to_bytes(8, "little") + header)
-    cut.write_bytes((10**6).to_bytes(8, "little") + b"{")
-    code.write_bytes(pickle.dumps({"weights": [1.0]}))
-    with zipfile.ZipFile(archive, "w") as file:
+    names = ("a.safetensors", "b.pth", "c.safetensors", "d.pth", "e.pth", "f.pth")
+    good, weights, cut, code, empty, text = (tmp_path / name for name in names)
+    save_file({"weight": torch.zeros(2)}, good)
+    torch.save({"weight": torch.zeros(2)}, weights)
+    cut.write_bytes(good.read_bytes()[:20])
+    torch.save({"weight": Path("an object of a class")}, code)
+    with zipfile.ZipFile(empty, "w") as file:
         file.writestr("model/data.pkl", b"")
-    assert fault(good) == fault(archive) == []
-    for path in (cut, code):
+    text.write_text("weights")
+    assert fault(good) == fault(weights) == []
+    for path in (cut, code, empty, text):
         (found,) = fault(path)
         assert (found.where, found.value) == ("model.checkpoint", str(path))
         assert "safetensors" in found.remedy
+
+
+def test_files_need_not_be_here_for_a_study_that_runs_elsewhere() -> None:
+    there = minimal(data={"kind": "parquet", "path": "/mnt/there.parquet"})
+    assert only_fault(there).where == "data.path"
+    assert load_study(there, check_files=False).data.path == "/mnt/there.parquet"
+    with pytest.raises(StudyError, match="must be given for kind parquet"):
+        load_study(minimal(data={"kind": "parquet"}), check_files=False)
+
+
+def test_the_same_study_may_change_its_budget_only() -> None:
+    stored = load_study(minimal()).to_dict()
+    config.check_same_study(load_study(minimal(trials=99, retries=0, budget={"time": "1h"})), stored, "results/small")
+    with pytest.raises(config.StudyRefused, match=r"results/small holds another study .* differ in objectives, seeds;"):
+        config.check_same_study(load_study(minimal(objectives=["params"], seeds=[1])), stored, "results/small")
 
 
 # --- constraints ------------------------------------------------------------------------------------------------------
@@ -411,3 +440,9 @@ def test_the_readme_names_every_key() -> None:
     assert not [key for key in keys(study.model.create) + keys(study.training.baseline) if f"`{key}`" not in text]
     assert not [key for key in StudyConfig.model_fields if key not in text]
     assert not [name for name in OBJECTIVES if f"`{name}`" not in text]
+
+
+def test_peak_memory_of_a_tiny_model_on_a_cpu_is_refused_before_work_starts() -> None:
+    study = load_study(tiny_study(objectives=["top1_pct", "peak_memory_bytes"]))
+    with pytest.raises(StudyRefused, match=r"objectives: peak_memory_bytes .* 5,000,000 parameters .* 5,018"):
+        check_measurable(study, model_info(study.context()))

@@ -13,22 +13,31 @@ import psutil
 import pytest
 
 from tests.processes import Study, kill_group, until
-from tests.studies import fault_study, tiny_study
+from tests.studies import fault_study
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
 
 TIMEOUT_S = 8.0
-HOG_BYTES = 2.5e9
+HOG_BYTES = 4e9
 """Growth of the memory in use at which Ray's monitor steps in."""
 
 
-def test_every_failure_inside_a_trial_becomes_a_typed_row(tmp_path: Path) -> None:
+def test_every_failure_of_a_worker_becomes_a_typed_row(tmp_path: Path) -> None:
     kinds = ["hang", "sleep", "die", "die_once", "nan", "allocate", "raise", "none"]
-    config = fault_study("faults", kinds, budget={"trial_timeout": TIMEOUT_S})
+    training = {"baseline": {"epochs": 60}, "recovery": {"epochs": 1}}
+    config = fault_study("faults", kinds, training=training, budget={"trial_timeout": TIMEOUT_S})
     study = Study(tmp_path, config, VITPARETO_FAULT_MARK=str(tmp_path / "died"))
-    output = study.run()
+    process = study.start()
+    try:
+        until(study.executions, process)  # the baseline trains
+        (killed,) = study.marks().values()
+        os.kill(killed["pid"], signal.SIGKILL)
+        output = process.communicate(timeout=200)[0]
+    finally:
+        kill_group(process)
+    assert process.returncode == 0, output
     assert study.kinds() == {
-        "baseline": ["ok"],
+        "baseline": ["worker_died", "ok"],
         "hang": ["timeout"],
         "sleep": ["timeout"],
         "die": ["worker_died"] * 3,  # and two retries
@@ -39,33 +48,13 @@ def test_every_failure_inside_a_trial_becomes_a_typed_row(tmp_path: Path) -> Non
         "none": ["ok"],
     }
     assert "8 of 8 trials" in output
-    failures = {r["label"]: r["failure"] for r in study.attempts() if r["status"] != "ok"}
-    assert all(failures.values())
-    raised = next(text for label, text in failures.items() if "raise" in label)
+    rows = study.attempts()
+    assert json.loads(rows[0]["provenance"])["pid"] == killed["pid"]
+    assert "worker process has died" in rows[0]["failure"]
+    assert all(r["failure"] for r in rows if r["status"] != "ok")
+    raised = next(r["failure"] for r in rows if r["status"] == "error")
     assert raised.startswith("RuntimeError: the fault technique was told to raise\n")
     assert not study.marks()
-
-
-def test_a_worker_killed_in_training_is_retried(tmp_path: Path) -> None:
-    config = tiny_study("killed", trials=2, training={"baseline": {"epochs": 60}, "recovery": {"epochs": 1}})
-    study = Study(tmp_path, config)
-    process = study.start()
-    try:
-        until(study.executions, process)
-        (mark,) = study.marks().values()
-        os.kill(mark["pid"], signal.SIGKILL)
-        output = process.communicate(timeout=120)[0]
-    finally:
-        kill_group(process)
-    assert process.returncode == 0, output
-    rows = study.attempts()
-    assert [(r["is_baseline"], r["status"]) for r in rows] == [
-        (True, "worker_died"),
-        (True, "ok"),
-        (False, "ok"),
-        (False, "ok"),
-    ]
-    assert json.loads(rows[0]["provenance"])["pid"] == mark["pid"]
 
 
 def test_a_host_out_of_memory_kill_marks_the_recipe(tmp_path: Path) -> None:
@@ -80,7 +69,9 @@ def test_a_host_out_of_memory_kill_marks_the_recipe(tmp_path: Path) -> None:
         RAY_memory_monitor_refresh_ms="50",
     )
     study.run()
-    assert study.kinds() == {"baseline": ["ok"], "hog": ["host_oom"], "none": ["ok"]}
+    kinds = study.kinds()
+    assert kinds["hog"] == ["host_oom"]
+    assert kinds["none"] in (["ok"], ["worker_died", "ok"]), "killed beside the culprit at most, and then retried"
 
 
 def test_a_lost_node_is_told_from_a_dead_worker(tmp_path: Path) -> None:

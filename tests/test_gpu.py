@@ -60,7 +60,14 @@ def spec(root: Path, steps: list[tuple[str, dict[str, Any]]]) -> TrialSpec:
     }
     create = {"embed_dim": 64, "depth": 2, "num_heads": 2, "patch_size": 2, "mlp_ratio": 2.0, "reg_tokens": 0}
     context = Context(
-        model={"family": "timm", "name": None, "pretrained": False, "checkpoint": None, "create": create, "train": True},
+        model={
+            "family": "timm",
+            "name": None,
+            "pretrained": False,
+            "checkpoint": None,
+            "create": create,
+            "train": True,
+        },
         data={**data, "digest": tasks.data_digest(data)},
         training={"baseline": {**SETTINGS, "seed": 0}, "recovery": SETTINGS},
         measurement={

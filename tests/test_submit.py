@@ -18,8 +18,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
+from orchestrator import open_ledger
 from orchestrator import submit as s
+from orchestrator.status import study_status
+from tests.processes import environment
+from tests.studies import tiny_study
 
 QUICK = Path(__file__).parents[1] / "search_spaces" / "quick.yaml"
 
@@ -143,6 +148,15 @@ def test_study_must_be_inside_and_storage_shared(project: Path) -> None:
 def test_faults_of_the_study_come_before_the_network(project: Path) -> None:
     (project / "study.yaml").write_text("trials: many\n")
     with pytest.raises(ValueError, match="trials"):
+        s.submit(
+            project / "study.yaml", address="http://127.0.0.1:1", working_dir=project, storage="/shared", token="t"
+        )
+
+
+def test_data_may_lie_on_the_cluster_alone(project: Path) -> None:
+    there = {"data": {"kind": "imagefolder", "path": "/mnt/there"}, "model": {"create": {}, "checkpoint": "/mnt/w.pth"}}
+    (project / "study.yaml").write_text(yaml.safe_dump(tiny_study(**there)))
+    with pytest.raises(s.SubmitError, match="nothing answers"):
         s.submit(
             project / "study.yaml", address="http://127.0.0.1:1", working_dir=project, storage="/shared", token="t"
         )
@@ -308,3 +322,54 @@ def test_wrong_or_no_token_is_refused(head: Head, monkeypatch: pytest.MonkeyPatc
 def test_unknown_job(head: Head) -> None:
     with pytest.raises(s.SubmitError, match="no job 'nosuch' on this cluster; the newest: "):
         s.job_status("nosuch", head.address, token=head.token)
+
+
+# --- real studies on it -----------------------------------------------------------------------------------------------
+
+
+def send_study(head: Head, folder: Path, **changes: object) -> s.SubmitResult:
+    (folder / "study.yaml").write_text(yaml.safe_dump(tiny_study(**changes)))
+    storage = str(folder / "results")
+    return s.submit(folder / "study.yaml", address=head.address, working_dir=folder, storage=storage, token=head.token)
+
+
+@pytest.mark.ray
+def test_a_study_runs_to_its_end_once(head: Head, tmp_path: Path) -> None:
+    first = send_study(head, tmp_path, trials=2)
+    again = send_study(head, tmp_path, trials=2)
+    assert (first.submitted, again.submitted, again.submission_id) == (True, False, first.submission_id)
+    state = wait_until(head, first.submission_id, ended=True, timeout_s=150)
+    logs = s.job_logs(first.submission_id, head.address, token=head.token)
+    assert state.status == "SUCCEEDED", logs
+    assert f"results: {tmp_path}/results/tiny" in logs
+    ledger = open_ledger("tiny", tmp_path / "results")
+    assert ledger.trials(["status"])["status"].to_pylist() == ["ok"] * 3
+    status = study_status(ledger)
+    assert (status["state"], status["problems"]) == ("done", [])
+    assert send_study(head, tmp_path, trials=2).status == "SUCCEEDED"
+
+
+@pytest.mark.ray
+def test_a_stopped_study_ends_cleanly_and_goes_on_elsewhere(head: Head, tmp_path: Path) -> None:
+    job = send_study(head, tmp_path, trials=200).submission_id
+    deadline = time.monotonic() + 120
+    while not (done := finished(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert s.job_stop(job, head.address, token=head.token).status == "STOPPED"
+    done = finished(tmp_path)
+    assert 0 < len(done) < 200, s.job_logs(job, head.address, token=head.token)
+    assert "Traceback" not in s.job_logs(job, head.address, token=head.token)
+    assert study_status(open_ledger("tiny", tmp_path / "results"))["state"] == "stopped", "its lease is released"
+    command = [sys.executable, "-m", "orchestrator.cli", "run", "study.yaml", "--trials", str(len(done) + 1)]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert len(finished(tmp_path)) == len(done) + 1
+    assert finished(tmp_path)[: len(done)] == done, "what had ended stays as it was"
+
+
+def finished(folder: Path) -> list[tuple[int, str]]:
+    """Returns number and attempt of the recipes that ended, by number."""
+    if not (folder / "results" / "tiny" / "study.json").exists():
+        return []
+    rows = open_ledger("tiny", folder / "results").trials(["number", "attempt_id", "is_baseline"]).to_pylist()
+    return sorted((r["number"], r["attempt_id"]) for r in rows if not r["is_baseline"])
