@@ -10,14 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import secrets
 import signal
-import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +29,7 @@ from ray.tune.search import Searcher
 from orchestrator import query
 from orchestrator.config import check_measurable, check_same_study
 from orchestrator.ledger import Ledger, LedgerError
+from orchestrator.losses import loss_class, loss_reason, memory_culprit
 from orchestrator.progress import Progress
 from orchestrator.study_schema import StudyConfig, model_info
 from orchestrator.sweep import RUNNER, Sweep, Work, open_sweep
@@ -45,9 +44,6 @@ RESTARTS_WITHOUT_PROGRESS = 3
 LEASE_CHECK_S = 5.0
 ORPHANS_S = 20.0
 """Longest wait for the workers of a killed driver; they take about two."""
-
-NODE_ANSWER_S = 2.0
-"""Longest wait for a node's answer after one of its workers was lost."""
 
 COMPACT_ROWS = 64
 """Loose attempts that are worth a compaction while a study runs; at its end all are compacted."""
@@ -363,7 +359,7 @@ class Supervisor(_NotPickled, tune.Callback):
         work = self.searcher.works.pop(trial.trial_id, None)
         if work is None:
             return
-        reason = _reason(trial)
+        reason = loss_reason(trial)
         self.sweep.lost(work, loss_class(reason, _whereabouts(self.sweep, work)), reason)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -382,48 +378,6 @@ class Supervisor(_NotPickled, tune.Callback):
                 write_frontier(self.sweep)
             except (OSError, LedgerError) as error:
                 log.warning("the frontier could not be written, the next one will be: %s", error)
-
-
-def _reason(trial: Any) -> str:
-    """Returns why Tune lost a trial's actor. From the file that Tune has just written: it hands the exception to nobody."""
-    text = Path(trial.error_file).read_text() if trial.error_file else ""
-    return text.partition("\n")[2].strip() or "the worker is gone, Ray gives no reason"
-
-
-def loss_class(reason: str, marks: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the failure class of a lost worker: preempted, node_lost, host_oom or worker_died.
-
-    Args:
-        reason: Ray's own words.
-        marks: where the trials of the worker ran. Ray's memory monitor kills innocent workers beside the culprit.
-    """
-    if any(words in reason for words in ("OutOfMemory", "low on memory")):
-        culprit = memory_culprit(reason)
-        return "host_oom" if culprit is None or culprit in {m.get("pid") for m in marks} else "worker_died"
-    if "node was preempted" in reason:
-        return "preempted"
-    if "node has died" in reason:
-        return "node_lost"
-    nodes = {m.get("node") for m in marks}
-    mine = [n for n in ray.nodes() if n["NodeID"] in nodes]  # type: ignore[no-untyped-call]
-    return "node_lost" if any(not _answers(node) for node in mine) else "worker_died"
-
-
-def _answers(node: Mapping[str, Any]) -> bool:
-    """Says whether a node is there. Ray itself notices a lost one only after half a minute; its closed port tells at once."""
-    if not node["Alive"]:
-        return False
-    try:
-        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), NODE_ANSWER_S).close()
-    except OSError:
-        return False
-    return True
-
-
-def memory_culprit(reason: str) -> int | None:
-    """Returns the process that used most memory of those that Ray's memory monitor killed; None where Ray does not say."""
-    killed = re.findall(r"Selected to kill: .*pid=(\d+), actual memory used=([\d.]+)GB", reason)
-    return int(max(killed, key=lambda found: float(found[1]))[0]) if killed else None
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def _write_table(table: pa.Table, out: TextIO) -> None:
 
     if not table.num_columns:
         return
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="")
     for field in table.schema:
         number = pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
         text = pa.types.is_string(field.type)  # on a narrow terminal, text is folded before numbers are

@@ -17,7 +17,7 @@ ONE_PLACE = {
     "duckdb": {"orchestrator/query.py"},
     "pyarrow.parquet": {"orchestrator/ledger.py", "orchestrator/ledger_snapshot.py", "workers/tasks/encoded_images.py"},
 }
-RAY = {"orchestrator/driver.py", "orchestrator/trainable.py", "orchestrator/submit.py"}
+RAY = {"orchestrator/driver.py", "orchestrator/losses.py", "orchestrator/trainable.py", "orchestrator/submit.py"}
 STANDARD_LIBRARY_ONLY = ("workers/protocol.py", "workers/techniques/record.py")
 
 
