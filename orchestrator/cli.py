@@ -6,18 +6,32 @@ commands: those that only read results import neither torch nor ray.
 
 from __future__ import annotations
 
-import enum
 import json
-import os
 import shlex
 import socket
 import sys
-from collections.abc import Callable
-from functools import wraps
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from orchestrator import cli_jobs
+from orchestrator.cli_io import (
+    STORAGE,
+    BudgetOption,
+    Format,
+    FormatOption,
+    NameArgument,
+    RayOption,
+    StorageOption,
+    StudyArgument,
+    TrialsOption,
+    UsageError,
+    duration_s,
+    reported,
+    say,
+    write_dicts,
+    write_table,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,97 +49,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-jobs = typer.Typer(
-    help="Jobs that `submit` sent to a Ray cluster.",
-    epilog="Example: vitpareto jobs logs my-study --address http://127.0.0.1:8265",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
-app.add_typer(jobs, name="jobs")
-
-
-class Format(enum.StrEnum):
-    """How rows come out."""
-
-    table = "table"
-    json = "json"
-    csv = "csv"
-    parquet = "parquet"
-
-
-StorageOption = Annotated[str, typer.Option(help="Folder or fsspec URL of the results.", envvar="VITPARETO_STORAGE")]
-FormatOption = Annotated[Format, typer.Option("--format", help="How rows come out.")]
-AddressOption = Annotated[str, typer.Option(help="Address of the head's dashboard.", envvar="RAY_API_SERVER_ADDRESS")]
-TrialsOption = Annotated[int | None, typer.Option(min=1, help="Trials in total, in place of the study's own budget.")]
-BudgetOption = Annotated[str | None, typer.Option(help="Wall time after which no trial is started: 90s, 30m, 2h.")]
-RayOption = Annotated[str | None, typer.Option(help="A running Ray: auto, HOST:PORT; default: a local one.")]
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the study.")]
-StudyArgument = Annotated[str, typer.Argument(metavar="STUDY.yaml", help="A study file, or a study that ships: quick.")]
-STORAGE = "results"
-
-
-class UsageError(Exception):
-    """The command was asked for something that does not exist or does not fit; exit status 2."""
-
-
-_STATUS = {
-    "UsageError": 2,
-    "StudyError": 2,
-    "StudyRefused": 2,
-    "StudyNotFound": 2,
-    "StorageError": 2,
-    "QueryError": 2,
-    "SubmitRefused": 2,
-    "TaskError": 2,
-    "ModelError": 2,
-    "SubmitError": 1,
-    "StudyFailed": 1,
-    "StudyBusy": 1,
-    "LedgerError": 1,
-    "OSError": 1,
-}
-"""Exit status of the errors that a user can cause, by name: importing their modules would take seconds."""
-
-
-def _command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Turns the errors a user can cause into lines on stderr and an exit status; others keep their traceback."""
-
-    @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-            sys.stdout.flush()
-        except BrokenPipeError:  # whoever reads our output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except KeyboardInterrupt:
-            _say("interrupted")
-            raise typer.Exit(1) from None
-        except Exception as error:
-            status = next((_STATUS[k.__name__] for k in type(error).__mro__ if k.__name__ in _STATUS), None)
-            if status is None:
-                raise
-            for line in _text(error).splitlines():
-                _say(line)
-            raise typer.Exit(status) from None
-
-    return run
-
-
-def _text(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
-
-
-def _say(line: str) -> None:
-    print(f"vitpareto: {line}", file=sys.stderr)
-
-
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
 @app.command(epilog="Example: vitpareto plan quick")
-@_command
+@reported
 def plan(study: StudyArgument, storage: StorageOption = STORAGE) -> None:
     """Checks a study and says what would run; runs nothing and starts no Ray."""
     from orchestrator.config import load_study
@@ -136,7 +64,7 @@ def plan(study: StudyArgument, storage: StorageOption = STORAGE) -> None:
 
 
 @app.command(epilog="Example: vitpareto run study.yaml --trials 40 --time-budget 30m")
-@_command
+@reported
 def run(
     study: StudyArgument,
     storage: StorageOption = STORAGE,
@@ -155,7 +83,7 @@ def run(
 
 
 @app.command(epilog="Example: vitpareto resume quick --trials 64")
-@_command
+@reported
 def resume(
     name: NameArgument,
     storage: StorageOption = STORAGE,
@@ -171,15 +99,6 @@ def resume(
     _run(StudyConfig.from_dict(stored["config"]), storage, trials, time_budget, address, quiet)
 
 
-def _seconds(time_budget: str | None) -> float | None:
-    from orchestrator.config import parse_duration_s
-
-    try:
-        return None if time_budget is None else parse_duration_s(time_budget)
-    except ValueError as error:
-        raise UsageError(f"--{error}") from None
-
-
 def _run(
     config: StudyConfig, storage: str, trials: int | None, time_budget: str | None, address: str | None, quiet: bool
 ) -> None:
@@ -189,7 +108,7 @@ def _run(
 
     if trials is not None:
         config = config.model_copy(update={"trials": trials})
-    seconds = _seconds(time_budget)
+    seconds = duration_s(time_budget)
     if seconds is not None:
         config = config.model_copy(update={"budget": config.budget.model_copy(update={"time": seconds})})
     if address is not None:
@@ -255,29 +174,37 @@ def _open(name: str, storage: str) -> tuple[Ledger, dict[str, Any]]:
 
 
 @app.command(epilog="Example: vitpareto status quick")
-@_command
+@reported
 def status(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Name of the study; none lists all.")] = None,
     storage: StorageOption = STORAGE,
     format_: FormatOption = Format.table,
 ) -> None:
     """Says how far studies are, what failed, and which files in their folder cannot be read."""
+    from orchestrator.ledger import LedgerError
     from orchestrator.status import for_people, study_status
     from orchestrator.studies import find_storage, study_names
 
     store = find_storage(storage)
     names = study_names(store) if name is None else [name]
-    rows = [study_status(_open(n, storage)[0]) for n in names]
-    if not rows:
-        _say(f"there are no studies in {store.url}")
-    _write([for_people(r) for r in rows] if format_ is Format.table else rows, format_)
+    rows = []
+    for study in names:
+        try:
+            rows.append(study_status(_open(study, storage)[0]))
+        except LedgerError as error:  # a damaged study does not hide the others
+            if name is not None:
+                raise
+            say(str(error))
+    if not names:
+        say(f"there are no studies in {store.url}")
+    write_dicts([for_people(r) for r in rows] if format_ is Format.table else rows, format_)
     for row in rows:
         for problem in row["problems"]:
-            _say(problem)
+            say(problem)
 
 
 @app.command(epilog="Example: vitpareto show quick 3f2a90c1 --spec > spec.json && python -m workers spec.json")
-@_command
+@reported
 def show(
     name: NameArgument,
     trial: Annotated[str, typer.Argument(metavar="TRIAL", help="Trial id, or the start of it.")],
@@ -304,7 +231,7 @@ def show(
 
 
 @app.command(epilog='Example: vitpareto pareto quick --objectives top1_pct,size_bytes --where "top1_pct_drop <= 1"')
-@_command
+@reported
 def pareto(
     name: NameArgument,
     objectives: Annotated[str | None, typer.Option(help="Comma-separated; default: the study's own.")] = None,
@@ -330,8 +257,8 @@ def _frontier(
         rule = (
             "meets the condition" if where else "is ok" + ("" if everything else " and keeps every constraint (--all)")
         )
-        _say(f"the frontier is empty: no trial {rule}")
-    _rows(_for_people(rows, wanted, stored["config"]["techniques"]) if format_ is Format.table else rows, format_)
+        say(f"the frontier is empty: no trial {rule}")
+    write_table(_for_people(rows, wanted, stored["config"]["techniques"]) if format_ is Format.table else rows, format_)
 
 
 def _for_people(rows: pa.Table, objectives: list[str], searched: dict[str, Any]) -> pa.Table:
@@ -348,7 +275,7 @@ def _for_people(rows: pa.Table, objectives: list[str], searched: dict[str, Any])
 
 
 @app.command(epilog="""Example: vitpareto query quick "SELECT status, count(*) AS n FROM trials GROUP BY status\"""")
-@_command
+@reported
 def query(
     name: NameArgument,
     statement: Annotated[str, typer.Argument(metavar="SQL", help="One SELECT over trials, attempts, measurements.")],
@@ -359,120 +286,24 @@ def query(
     from orchestrator import query as queries
 
     ledger, _ = _open(name, storage)
-    _rows(queries.sql(ledger, statement), format_)
+    write_table(queries.sql(ledger, statement), format_)
 
 
 @app.command(epilog="Example: vitpareto techniques --format json")
-@_command
+@reported
 def techniques(format_: FormatOption = Format.table) -> None:
     """Lists the techniques with their parameters, ranges and defaults."""
     from orchestrator.plan import technique_lines, technique_rows
 
-    _write(technique_lines() if format_ is Format.table else technique_rows(), format_)
-
-
-def _rows(table: pa.Table, format_: Format) -> None:
-    from orchestrator.rows import format_rows
-
-    if format_ is Format.parquet and sys.stdout.isatty():
-        raise UsageError("--format parquet: must not go to a terminal; redirect it to a file")
-    format_rows(table, format_.value, sys.stdout)
-
-
-def _write(rows: list[dict[str, Any]], format_: Format) -> None:
-    import pyarrow as pa
-
-    from orchestrator.rows import plain
-
-    rows = plain(rows)
-    if format_ is Format.json:  # nested values stay as they are
-        print(json.dumps(rows, indent=2))
-        return
-    flat = [{k: json.dumps(v) if isinstance(v, dict | list) else v for k, v in row.items()} for row in rows]
-    _rows(pa.Table.from_pylist(flat), format_)
+    write_dicts(technique_lines() if format_ is Format.table else technique_rows(), format_)
 
 
 # --- clusters ---------------------------------------------------------------------------------------------------------
 
-
-@app.command(epilog="Example: vitpareto submit study.yaml --address http://127.0.0.1:8265 --storage /shared/results")
-@_command
-def submit(
-    study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="A study file inside --working-dir.")],
-    address: AddressOption,
-    storage: Annotated[
-        str, typer.Option(help="Absolute path every node mounts, or a URL.", envvar="VITPARETO_STORAGE")
-    ],
-    working_dir: Annotated[Path, typer.Option(help="Folder that is sent: the code and the study.")] = Path(),
-    name: Annotated[str | None, typer.Option(help="Name of the study, in place of the file's.")] = None,
-    trials: TrialsOption = None,
-    time_budget: BudgetOption = None,
-    resume_counter: Annotated[
-        int | None, typer.Option("--resume", min=0, help="Resume counter; default: the next.")
-    ] = None,
-) -> None:
-    """Sends a study to a Ray cluster as a job; sending it again is answered and runs nothing twice."""
-    from orchestrator.submit import submit as send
-
-    _seconds(time_budget)
-    options = [("--trials", trials), ("--time-budget", time_budget)]
-    arguments = [text for flag, value in options if value is not None for text in (flag, str(value))]
-    done = send(
-        study,
-        address=address,
-        storage=storage,
-        working_dir=working_dir,
-        name=name,
-        resume=resume_counter,
-        arguments=arguments,
-    )
-    print(done.submission_id)
-    print(f"{done}; follow it with: vitpareto jobs logs {done.submission_id} --address {address}", file=sys.stderr)
-
-
-JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="Submission id, or a study's name for its newest job.")]
-
-
-@jobs.command("status", epilog="Example: vitpareto jobs status --address http://127.0.0.1:8265")
-@_command
-def jobs_status(
-    address: AddressOption,
-    job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="Submission id or study; none lists all.")] = None,
-    format_: FormatOption = Format.table,
-) -> None:
-    """Says how jobs are."""
-    from dataclasses import asdict
-    from datetime import UTC, datetime
-
-    from orchestrator.submit import job_status, list_jobs
-
-    states = list_jobs(address) if job is None else [job_status(job, address)]
-    rows = [asdict(s) for s in states]
-    for row in rows:
-        for name in ("started_at", "ended_at"):
-            row[name] = None if row[name] is None else datetime.fromtimestamp(row[name], UTC)
-        if format_ is Format.table:
-            del row["entrypoint"]
-    _write(rows, format_)
-
-
-@jobs.command("logs", epilog="Example: vitpareto jobs logs my-study --address http://127.0.0.1:8265")
-@_command
-def jobs_logs(job: JobArgument, address: AddressOption) -> None:
-    """Prints what a job has printed so far."""
-    from orchestrator.submit import job_logs
-
-    sys.stdout.write(job_logs(job, address))
-
-
-@jobs.command("stop", epilog="Example: vitpareto jobs stop my-study --address http://127.0.0.1:8265")
-@_command
-def jobs_stop(job: JobArgument, address: AddressOption) -> None:
-    """Asks a job to end cleanly and waits until it has; the study can be resumed."""
-    from orchestrator.submit import job_stop
-
-    state = job_stop(job, address)
-    print(f"{state.submission_id} {state.status}")
+app.command(epilog="Example: vitpareto submit study.yaml --address http://127.0.0.1:8265 --storage /shared/results")(
+    cli_jobs.submit
+)
+app.add_typer(cli_jobs.jobs, name="jobs")
 
 
 def main() -> None:

@@ -27,10 +27,11 @@ from ray.exceptions import OutOfMemoryError, RayError
 from ray.tune.search import Searcher
 
 from orchestrator import query
-from orchestrator.config import check_measurable, check_same_study
+from orchestrator.config import StudyRefused, check_measurable, check_same_study
 from orchestrator.ledger import Ledger, LedgerError
 from orchestrator.losses import loss_class, loss_reason, memory_culprit
 from orchestrator.progress import Progress
+from orchestrator.space import SearchSpace
 from orchestrator.study_schema import StudyConfig, model_info
 from orchestrator.sweep import RUNNER, Sweep, Work, open_sweep
 from orchestrator.trainable import TrialTrainable
@@ -110,7 +111,8 @@ def run_study(
         StudyBusy: another live driver runs it.
         StudyFailed: the baseline failed, or the run broke down again and again without a trial ending in between, or
             ``address`` is one of Ray Client.
-        StudyRefused: the folder holds a study with another question under the name, or an objective cannot be measured.
+        StudyRefused: the folder holds a study with another question under the name, an objective cannot be measured, or no
+            technique can work on the model.
     """
     if address is not None and address.startswith("ray://"):  # Tune would run elsewhere, without the sweep's state
         raise StudyFailed(
@@ -121,6 +123,10 @@ def run_study(
     context = config.context()
     info = model_info(context)
     check_measurable(config, info)
+    if not SearchSpace(config.techniques, info, max_techniques=config.max_techniques).size():
+        raise StudyRefused(
+            f"study {config.name}: none of its techniques can work on {info.name}; `vitpareto plan` says why"
+        )
     try:
         lease = acquire(store, f"{config.name}/lease", note={"study": config.name})
     except LeaseHeld as error:
@@ -177,6 +183,8 @@ def _finish(sweep: Sweep, url: str) -> StudyRun:
         why = next((r["failure"] for r in row if r["is_baseline"] and r["failure"]), "")
         raise StudyFailed(f"{sweep.stopping}: {why.splitlines()[0] if why else 'no reason recorded'}")
     complete = sweep.finished and sweep.stopping is None
+    if complete:  # an exhausted space is done before its budget is
+        sweep.ledger.write_study({**(sweep.ledger.study_record() or {}), "complete": True})
     return StudyRun(
         name=sweep.config.name,
         folder=f"{url}/{sweep.config.name}",
@@ -213,8 +221,13 @@ def _ray(config: StudyConfig, address: str | None) -> Iterator[None]:
     try:
         if address is None:
             ray.init(
-                include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, num_cpus=_local_cpus(config)
+                "local",  # None would join whatever cluster was last started on this machine
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                num_cpus=_local_cpus(config),
             )
+            _check_local_resources(config)
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         yield
@@ -222,6 +235,18 @@ def _ray(config: StudyConfig, address: str | None) -> Iterator[None]:
         ray.shutdown()
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _check_local_resources(config: StudyConfig) -> None:
+    """A local Ray does not grow: what it lacks would be waited for until the end of time."""
+    wanted = {"GPU": config.resources.gpus, "memory": float(config.resources.memory or 0)}
+    there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    for name, amount in wanted.items():
+        if amount > there.get(name, 0.0):
+            raise StudyFailed(
+                f"resources: a trial needs {amount:g} of {name}, this machine offers {there.get(name, 0.0):g}; ask for "
+                "less or run it on a cluster with --address"
+            )
 
 
 def _local_cpus(config: StudyConfig) -> int:

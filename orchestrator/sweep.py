@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator import constraints, frontier
+from orchestrator.labels import short_label
 from orchestrator.ledger import Ledger, attempt_row
 from orchestrator.searcher import Proposer, make_sampler
 from orchestrator.space import SearchSpace
@@ -266,7 +267,8 @@ class Sweep:
 
     def _means(self) -> list[tuple[dict[str, float], str]]:
         outcomes = self.proposer.outcomes
-        return [(dict(m), self.proposer.recipes[h].label()) for h, m in outcomes.items() if m is not None]
+        recipes, searched = self.proposer.recipes, self.config.techniques
+        return [(dict(m), short_label(recipes[h], searched)) for h, m in outcomes.items() if m is not None]
 
     def reference(self) -> list[float]:
         """Returns the reference point in the objectives' own units: the study's where it gives one, else the stated one."""

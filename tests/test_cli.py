@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -153,6 +154,20 @@ def test_status_names_bad_files_and_goes_on(run: Run) -> None:
         foreign.unlink()
     assert (found.exit_code, found.stderr.count("\n")) == (0, 1)
     assert "tiny/attempts/0.1.json" in found.stderr
+
+
+@pytest.mark.ray
+def test_status_of_a_damaged_study_does_not_hide_the_others(run: Run) -> None:
+    damaged = run.storage / "damaged" / "study.json"
+    damaged.parent.mkdir()
+    damaged.write_text("{")
+    try:
+        found = call("status", storage=run.storage)
+        assert "damaged/study.json is damaged" in refused("status", "damaged", storage=run.storage, status=1)
+    finally:
+        shutil.rmtree(damaged.parent)
+    assert (found.exit_code, "tiny    done" in found.stdout) == (0, True)
+    assert "vitpareto: damaged/study.json is damaged" in found.stderr
 
 
 @pytest.mark.ray
