@@ -141,7 +141,7 @@ def draw(name: str, storage: str, x: str, y: str, colour: str, out: str) -> None
 
     line = staircase(points(front), x, y)
     axes.plot(line[:, 0], line[:, 1], color="0.75", lw=1.2, zorder=1)
-    scatter(rest, s=38, alpha=0.35, lw=0, zorder=2)
+    scatter(rest, s=38, alpha=0.35, lw=0, zorder=5)  # over the labels, which would hide them
     dots = scatter(front, s=110, edgecolors="black", lw=1.1, zorder=3)
     scatter([baseline], marker="*", s=250, edgecolors="black", zorder=3)
     _describe(axes, x, y, points([*rows, baseline])[:, 0])
