@@ -7,6 +7,7 @@ I in-features, G groups a row.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Self
 
 import torch
@@ -79,7 +80,7 @@ def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
     return torch.cat((packed & 15, packed >> 4), 1)[:, :columns]
 
 
-class KernelLinear(nn.Module):
+class KernelLinear(nn.Module, ABC):
     """A linear layer that stores quantised weights as buffers and hands a kernel its own packing of them.
 
     The packing is derived, so it is a plain attribute: made at first use, never stored, dropped when the buffers move.
@@ -92,9 +93,9 @@ class KernelLinear(nn.Module):
         self.out_features = out_features
         self._packing: Any = None
 
+    @abstractmethod
     def pack_for_kernel(self) -> Any:
         """Returns what the kernel takes in place of the buffers."""
-        raise NotImplementedError
 
     @property
     def packing(self) -> Any:
