@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from workers.tasks.image_classification import Split
-from workers.techniques.record import LossInputs, Technique
+from workers import evaluation
+from workers.augmentation import Augmentation
+from workers.optimisers import Steps, WeightAverage, make_optimizer, schedule
+from workers.tasks.batches import Loader, Split
+from workers.techniques.record import LossInputs
+from workers.training_checkpoint import Checkpoints
+from workers.training_settings import TrainingSettings
+from workers.training_state import TrainingState
+
+log = logging.getLogger("vitpareto")
 
 CHUNK_S = 0.2
 """Seconds of training between two calls of ``tick``."""
 
-Steps = Sequence[tuple[Technique, Any]]
+_AMP = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainingDiverged(Exception):
@@ -28,12 +37,22 @@ class TrainingDiverged(Exception):
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What a training did; ``final_loss`` is the mean total loss of its last epoch."""
+    """What a training did.
+
+    Attributes:
+        epochs, steps: those that were run, in all processes that took part.
+        final_loss: mean total loss of the last epoch.
+        seconds: in this process.
+        best_epoch: the one, from 1, whose weights were kept; None where the last were.
+        resumed_at: steps that another process had done already.
+    """
 
     epochs: int
     steps: int
     final_loss: float
     seconds: float
+    best_epoch: int | None = None
+    resumed_at: int = 0
 
 
 def train(
@@ -45,163 +64,251 @@ def train(
     device: torch.device | str,
     steps: Steps = (),
     teacher_logits: Tensor | None = None,
+    teacher: nn.Module | None = None,
+    validation: Split | None = None,
+    checkpoints: Checkpoints | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> TrainingReport:
-    """Trains ``model`` in place. The same seed gives the same weights on a CPU with the same number of threads.
+    """Trains ``model`` in place.
+
+    The same seed gives the same weights on a CPU with the same number of threads, also where another process goes on
+    after a kill.
 
     Args:
-        model: on ``device``; (B, C, H, W) -> (B, classes). Left in eval mode.
+        model: on ``device``; (B, C, H, W) -> (B, classes), or two such, of class and distillation token, while it trains
+            with both. Left in eval mode.
         split: training images.
-        settings: ``epochs, batch_size, lr, weight_decay, warmup_fraction, optimizer, schedule, label_smoothing,
-            grad_clip, amp``.
+        settings: see :class:`workers.training_settings.TrainingSettings`.
         steps: techniques of the recipe with their configs; each may add a loss, parameter groups and a progress hook.
-        teacher_logits: (N, classes) float32, row i belongs to image i of ``split``.
+        teacher_logits: (N, classes) float32, row i belongs to image i of ``split``; for images as they are.
+        teacher: on ``device``, in eval mode; runs on every batch, which images that are changed need.
+        validation: images that decide when to stop; needed with ``patience``.
+        checkpoints: where states of this training are kept and looked for.
         tick: called about every :data:`CHUNK_S` seconds, when the device is idle.
 
     Raises:
         TrainingDiverged: the loss is not finite.
-        ValueError: an unknown optimizer, schedule or amp.
+        ValueError: settings that are unknown or do not go with the arguments.
     """
-    device = torch.device(device)
-    epochs, batch_size = int(settings["epochs"]), int(settings["batch_size"])
-    total = epochs * math.ceil(len(split) / batch_size)
-    optimizer = _optimizer(model, settings, steps)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    factor = _schedule(str(settings["schedule"]), float(settings["warmup_fraction"]))
-    clip = settings.get("grad_clip")
-    losses = _Losses(device, tick)
-    started = time.monotonic()
-    model.train()
-    done = 0
-    with _seeded(seed, device):
-        for epoch in range(epochs):
-            for indices, images, targets in split.batches(
-                batch_size, shuffle_seed=seed * 1_000_003 + epoch, device=device
-            ):
-                progress = done / total
-                for technique, config in steps:
-                    if technique.on_progress is not None:
-                        technique.on_progress(model, config, progress)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * factor((done + 0.5) / total)
-                teacher = None if teacher_logits is None else teacher_logits[indices].to(device)
-                loss = _loss(model, images, targets, teacher, settings, steps, progress)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                if clip:
-                    nn.utils.clip_grad_norm_(parameters, float(clip))
-                optimizer.step()
-                done += 1
-                losses.add(loss.detach())
-            losses.end_epoch()
-    model.eval()
-    return TrainingReport(epochs, done, losses.epoch_mean, time.monotonic() - started)
+    found = TrainingSettings.read(settings)
+    if teacher_logits is not None and found.changes_images:
+        raise ValueError(
+            "teacher_logits are of the images as they are, the settings change them: give the teacher itself"
+        )
+    if found.patience is not None and validation is None:
+        raise ValueError("patience needs validation images")
+    run = _Training(model, split, found, seed, torch.device(device), steps, tick)
+    run.teacher, run.teacher_logits, run.validation = teacher, teacher_logits, validation
+    run.checkpoints = None if found.checkpoint_s is None else checkpoints
+    return run.run()
 
 
-class _Losses:
-    """Sums losses on the device and looks at them once a chunk, because reading every one would stall a GPU."""
+class _Training:
+    """One training under way."""
 
-    def __init__(self, device: torch.device, tick: Callable[[], None]) -> None:
-        self._device, self._tick = device, tick
-        self._sum, self._count, self._steps = torch.zeros((), device=device), 0, 0
-        self._since = time.monotonic()
-        self.epoch_mean = math.nan
+    teacher: nn.Module | None
+    teacher_logits: Tensor | None
+    validation: Split | None
+    checkpoints: Checkpoints | None
 
-    def add(self, loss: Tensor) -> None:
-        self._sum += loss
-        self._count += 1
-        self._steps += 1
-        if time.monotonic() - self._since >= CHUNK_S:
-            self._end_chunk()
+    def __init__(
+        self,
+        model: nn.Module,
+        split: Split,
+        settings: TrainingSettings,
+        seed: int,
+        device: torch.device,
+        steps: Steps,
+        tick: Callable[[], None],
+    ) -> None:
+        self.model, self.split, self.settings, self.seed, self.device = model, split, settings, seed, device
+        self.steps, self.tick = steps, tick
+        self.factor = schedule(settings.schedule, settings.warmup_fraction)
+        classes = int(getattr(model, "num_classes", split.labels.max() + 1))
+        self.augmentation = Augmentation(settings, seed, split.images, split.mean, classes)
+        self.state = TrainingState(
+            model,
+            make_optimizer(model, settings, steps),
+            torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16"),
+            None if settings.ema_decay is None else WeightAverage(model, settings.ema_decay),
+            device,
+            total=settings.epochs * math.ceil(len(split) / settings.batch_size),
+        )
+        self._looked = time.monotonic()
 
-    def end_epoch(self) -> None:
-        self._end_chunk()
-        self.epoch_mean = float(self._sum) / max(self._count, 1)
-        self._sum.zero_()
-        self._count = 0
+    def run(self) -> TrainingReport:
+        started, state = time.monotonic(), self.state
+        distort = self.augmentation.distortion
+        loader = Loader(self.split, self.settings.batch_size, device=self.device, distort=distort)
+        self.model.train()
+        try:
+            with _seeded(self.seed, self.device), _grad_checkpointing(self.model, self.settings.grad_checkpointing):
+                resumed_at = self._resume()
+                while state.epoch < self.settings.epochs and not self._out_of_patience():
+                    self._run_epoch(loader)
+                    self._end_epoch()
+        except TrainingDiverged:
+            if self.checkpoints is not None:
+                self.checkpoints.clear()  # going on from there would only diverge again
+            raise
+        finally:
+            loader.close()
+            vit: Any = self.model
+            if hasattr(vit, "set_distilled_training"):
+                vit.set_distilled_training(False)
+        self._keep_best_weights()
+        self.model.eval()
+        best = state.best.epoch if self.settings.patience is not None else None
+        return TrainingReport(state.epoch, state.done, state.loss_mean, time.monotonic() - started, best, resumed_at)
 
-    def _end_chunk(self) -> None:
-        """Checks the losses, which waits for the device, and lets others go first."""
-        if not math.isfinite(found := float(self._sum)):
+    # --- epochs and steps ---------------------------------------------------------------------------------------------
+
+    def _run_epoch(self, loader: Loader) -> None:
+        state = self.state
+        shuffle = self.seed * 1_000_003 + state.epoch
+        for indices, images, labels in loader.epoch(shuffle_seed=shuffle, number=state.epoch, start=state.batch):
+            self._on_progress(state.progress)
+            for group in state.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * self.factor((state.done + 0.5) / state.total)
+            images, aims = self.augmentation(images, labels, state.epoch, state.batch)
+            state.loss_sum += self._gradients(indices, images, labels, aims)
+            self._step()
+            state.done += 1
+            state.batch += 1
+            state.loss_count += 1
+            if state.average is not None:
+                state.average.update(state.done)
+            if time.monotonic() - self._looked >= CHUNK_S:
+                self._look()
+            if self.checkpoints is not None and self.checkpoints.due(self.settings.checkpoint_s or 0.0):
+                self._look()  # a state that has diverged is of no use
+                self.checkpoints.write(state.tensors(), state.values())
+
+    def _on_progress(self, progress: float) -> None:
+        for technique, config in self.steps:
+            if technique.on_progress is not None:
+                technique.on_progress(self.model, config, progress)
+
+    def _gradients(self, indices: Tensor, images: Tensor, labels: Tensor, aims: Tensor) -> Tensor:
+        """Adds up the gradients of the batch, part by part, and returns its loss: a scalar."""
+        self.state.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        parts = (t.tensor_split(self.settings.accumulate) for t in (indices, images, labels, aims))
+        for part in zip(*parts, strict=True):
+            share = len(part[0]) / len(indices)
+            if share:
+                loss = self._loss(*part) * share
+                self.state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+        return total
+
+    def _step(self) -> None:
+        optimizer, scaler = self.state.optimizer, self.state.scaler
+        if self.settings.grad_clip:
+            scaler.unscale_(optimizer)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.settings.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+
+    def _loss(self, indices: Tensor, images: Tensor, labels: Tensor, aims: Tensor) -> Tensor:
+        """Returns task loss x product of the techniques' task weights + sum of their extra losses: a scalar.
+
+        The task loss of a model that returns the logits of both its tokens is that of the class token. Labels are smoothed
+        once: where images are mixed, or here.
+        """
+        amp = self.settings.amp
+        with torch.autocast(self.device.type, dtype=_AMP[amp]) if amp != "none" else nullcontext():
+            out = self.model(images)
+            teacher = self._teacher_logits(indices, images)
+        logits, distil = (out[0].float(), out[1].float()) if isinstance(out, tuple) else (out.float(), None)
+        smoothing = self.settings.label_smoothing if aims.ndim == 1 else 0.0
+        loss = F.cross_entropy(logits, aims, label_smoothing=smoothing)
+        inputs = LossInputs(self.model, images, logits, labels, teacher, self.state.progress, distil, self.teacher)
+        terms = [t.loss(inputs, config) for t, config in self.steps if t.loss is not None]
+        loss = loss * math.prod(term.task_weight for term in terms)
+        for term in terms:
+            loss = loss + term.extra
+        return loss
+
+    def _teacher_logits(self, indices: Tensor, images: Tensor) -> Tensor | None:
+        if self.teacher_logits is not None:
+            return self.teacher_logits[indices].to(self.device)
+        if self.teacher is None:
+            return None
+        with torch.no_grad():
+            logits: Tensor = self.teacher(images)
+        return logits.float()
+
+    def _look(self) -> None:
+        """Checks the losses and lets others go first; once a chunk, because looking waits for the device."""
+        if not math.isfinite(found := float(self.state.loss_sum)):
             raise TrainingDiverged(
-                f"the loss must stay finite; it was {found} by step {self._steps}; "
+                f"the loss must stay finite; it was {found} by step {self.state.done}; "
                 "lower the learning rate or set grad_clip"
             )
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self._tick()
-        self._since = time.monotonic()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.tick()
+        self._looked = time.monotonic()
+
+    # --- the end of an epoch, and of the training; going on -----------------------------------------------------------
+
+    def _end_epoch(self) -> None:
+        self._look()
+        self.state.end_epoch()
+        if self.validation is None or self.settings.patience is None:
+            return
+        with self.state.average.in_place() if self.state.average is not None else nullcontext():
+            found = evaluation.evaluate(self.model, self.validation, device=self.device, tick=self.tick)
+            if found.correct > self.state.best.correct:
+                self.state.keep_as_best(found.correct)
+
+    def _out_of_patience(self) -> bool:
+        return self.settings.patience is not None and self.state.epoch - self.state.best.epoch >= self.settings.patience
+
+    def _keep_best_weights(self) -> None:
+        if self.settings.patience is not None:
+            self.state.take_best()
+            self._on_progress(self.state.best.progress)  # what hooks set outside tensors goes with those weights
+        elif self.state.average is not None:
+            self.state.average.swap()
+
+    def _resume(self) -> int:
+        """Goes on from the newest state that fits; returns the steps done in it."""
+        for tensors, values in self.checkpoints.states() if self.checkpoints is not None else ():
+            if self.state.restore(tensors, values):
+                log.info("going on after step %d of %d", self.state.done, self.state.total)
+                return self.state.done
+            log.warning("a state of this training is passed over: it is of another model, device or number of steps")
+        return 0
 
 
-def _loss(
-    model: nn.Module,
-    images: Tensor,
-    targets: Tensor,
-    teacher_logits: Tensor | None,
-    settings: Mapping[str, Any],
-    steps: Steps,
-    progress: float,
-) -> Tensor:
-    """Returns task loss x product of the techniques' task weights + sum of their extra losses: a scalar."""
-    amp = settings.get("amp", "none")
-    if amp not in ("none", "bf16"):
-        raise ValueError(f"amp must be none or bf16, got {amp!r}")
-    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=amp == "bf16"):
-        logits = model(images)
-    logits = logits.float()
-    loss = F.cross_entropy(logits, targets, label_smoothing=float(settings.get("label_smoothing", 0.0)))
-    inputs = LossInputs(model, images, logits, targets, teacher_logits, progress)
-    terms = [t.loss(inputs, config) for t, config in steps if t.loss is not None]
-    loss = loss * math.prod(term.task_weight for term in terms)
-    for term in terms:
-        loss = loss + term.extra
-    return loss
+@contextmanager
+def _grad_checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Inside, each block calculates its activations again on the way back, which saves memory and changes no result.
 
-
-def _optimizer(model: nn.Module, settings: Mapping[str, Any], steps: Steps) -> torch.optim.Optimizer:
-    """Builds the optimiser: decayed matrices, undecayed vectors and embeddings, then the techniques' own groups."""
-    lr, decay = float(settings["lr"]), float(settings["weight_decay"])
-    own: list[dict[str, Any]] = []
-    for technique, config in steps:
-        if technique.parameter_groups is not None:
-            own += [{**g, "params": list(g["params"])} for g in technique.parameter_groups(model, config)]
-    claimed = {id(p) for group in own for p in group["params"]}
-    no_decay: Callable[[], set[str]] = getattr(model, "no_weight_decay", set)
-    excluded = no_decay()
-    free = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in claimed]
-    matrices = [p for n, p in free if p.ndim >= 2 and n not in excluded]
-    others = [p for n, p in free if p.ndim < 2 or n in excluded]
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}, *own]
-    groups = [g for g in groups if g["params"]]
-    name = settings["optimizer"]
-    optimizer: torch.optim.Optimizer
-    if name == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=decay, fused=True)
-    elif name == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=lr, weight_decay=decay, momentum=0.9, nesterov=True, fused=True)
-    else:
-        raise ValueError(f"optimizer must be adamw or sgd, got {name!r}")
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    return optimizer
-
-
-def _schedule(name: str, warmup: float) -> Callable[[float], float]:
-    """Returns progress (0 to 1) -> share of the peak learning rate.
-
-    ``one_cycle`` rises along a cosine from 1/25 (Smith and Topin 2017, arXiv 1708.07120), ``cosine`` rises linearly
-    from 0; both fall along a cosine to 0 after the ``warmup`` share of the training.
+    timm's switch makes timm go through the blocks itself and passes by a technique that does so in its own way; such
+    blocks have a switch ``grad_checkpointing`` of their own, or train without.
     """
-    if name not in ("one_cycle", "cosine"):
-        raise ValueError(f"schedule must be one_cycle or cosine, got {name!r}")
-
-    def factor(progress: float) -> float:
-        if progress < warmup:
-            rise = progress / warmup
-            return rise if name == "cosine" else 1 - (1 - 1 / 25) * (1 + math.cos(math.pi * rise)) / 2
-        return (1 + math.cos(math.pi * (progress - warmup) / max(1 - warmup, 1e-9))) / 2
-
-    return factor
+    vit: Any = model
+    blocks: Any = getattr(vit, "blocks", None)
+    if not wanted:
+        yield
+        return
+    if hasattr(blocks, "grad_checkpointing"):
+        blocks.grad_checkpointing = True
+    elif type(blocks) is nn.Sequential and hasattr(vit, "set_grad_checkpointing"):
+        vit.set_grad_checkpointing(True)
+    else:
+        log.warning("grad_checkpointing has no effect on this model: its blocks cannot be calculated again one by one")
+    try:
+        yield
+    finally:
+        if hasattr(blocks, "grad_checkpointing"):
+            blocks.grad_checkpointing = False
+        elif hasattr(vit, "set_grad_checkpointing"):
+            vit.set_grad_checkpointing(False)
 
 
 @contextmanager

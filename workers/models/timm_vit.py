@@ -126,4 +126,5 @@ def model_info(module: nn.Module, device: str) -> ModelInfo:
         num_classes=vit.num_classes,
         params=sum(p.numel() for p in vit.parameters()),
         device=device,
+        has_qk_norm=not isinstance(getattr(attentions[0], "q_norm", nn.Identity()), nn.Identity),
     )

@@ -58,8 +58,8 @@ def info(data: Mapping[str, Any]) -> TaskInfo:
 def data_digest(data: Mapping[str, Any]) -> str:
     """Returns 16 hexadecimal digits that name the content, wherever it lies.
 
-    SHA-256 of the files for Parquet, of the arrays for digits, of torchvision's archive checksum for CIFAR, of names
-    and sizes for image folders. Limits and split settings are not part of it.
+    SHA-256 of the files for Parquet and image folders (with their names there), of the arrays for digits, of
+    torchvision's archive checksum for CIFAR. Files are read once as long as size and time of change stay. Limits and split settings are not part of it.
 
     Raises:
         TaskError: the data is missing.

@@ -1,4 +1,4 @@
-"""Encoded images in folders and Parquet files, and the node's cache of what is decoded from them."""
+"""Encoded images in folders and Parquet files: their labels, their bytes, and how one is decoded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from workers.private_folder import private_folder
 from workers.tasks import TaskError
-from workers.tasks.image_sources import REPORT_FRACTION, Images, Labels, cut
+from workers.tasks.image_sources import REPORT_FRACTION, Content, Images, Labels, cut
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,14 +27,18 @@ TEST_NAMES = ("test", "validation", "valid", "val", "dev")
 """Names of a test part, the first present wins: a data set with both keeps its test part for the report."""
 
 
-def decode(content: bytes | Path, name: str, channels: int | None) -> Images:
+def decode(content: Content, name: str, channels: int | None) -> Images:
     """Decodes an image to (H, W, C) uint8; ``channels`` 1 or 3, None takes 1 for grey images and 3 for all others.
+
+    An array is an image already and returned as it is.
 
     Raises:
         TaskError: it cannot be decoded.
     """
     import PIL.Image
 
+    if isinstance(content, np.ndarray):
+        return content
     try:
         with PIL.Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
             grey = channels == 1 or (channels is None and image.mode in ("1", "L"))
@@ -62,10 +67,35 @@ def resize(image: Images, size: int) -> Images:
     return np.stack([one(PIL.Image.fromarray(image[..., c])) for c in range(channels)], axis=-1)
 
 
-class FolderSource:
-    """``train/`` and ``test/`` or ``val/`` with a subfolder a class; without a test folder one is cut from train."""
+def threads() -> int:
+    """Returns how many threads read and decode files at once: as many as this process has cores, at most 32."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(32, cores)
 
-    encoded = True
+
+class EncodedSource:
+    """What folders and Parquet files have in common: see :class:`workers.tasks.image_sources.Source`."""
+
+    digest: str
+    labels: dict[str, Labels]
+    class_names: tuple[str, ...]
+    _channels: int | None = None
+
+    def contents(self, part: str, wanted: NDArray[np.int64]) -> Iterator[tuple[int, Content, str]]:
+        """Yields (position in ``wanted``, an encoded image or its file, name for messages) in any order."""
+        raise NotImplementedError
+
+    @property
+    def channels(self) -> int:
+        """1 where the first training image is grey, else 3; all others are converted to that."""
+        if self._channels is None:
+            _, content, name = next(self.contents("train", np.zeros(1, dtype=np.int64)))
+            self._channels = decode(content, name, None).shape[-1]
+        return self._channels
+
+
+class FolderSource(EncodedSource):
+    """``train/`` and ``test/`` or ``val/`` with a subfolder a class; without a test folder one is cut from train."""
 
     def __init__(self, root: Path) -> None:
         train = root / "train"
@@ -83,11 +113,7 @@ class FolderSource:
             files, labels = self.files["train"], self.labels["train"]
             self.files = {"train": [files[i] for i in kept], "test": [files[i] for i in off]}
             self.labels = {"train": labels[kept], "test": labels[off]}
-        listing = [
-            (str(f.relative_to(root)), f.stat().st_size) for p in sorted(self.files) for f in sorted(self.files[p])
-        ]
-        self.digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
-        self._channels: int | None = None
+        self.digest = _folder_digest(root, [f for part in sorted(self.files) for f in sorted(self.files[part])])
 
     def _read(self, part: str, folder: Path) -> None:
         files: list[Path] = []
@@ -100,23 +126,18 @@ class FolderSource:
             labels += [self.class_names.index(sub.name)] * len(found)
         self.files[part], self.labels[part] = files, np.asarray(labels, dtype=np.int64)
 
-    def images(self, part: str, wanted: NDArray[np.int64]) -> Iterator[tuple[int, Images, str]]:
-        if self._channels is None:
-            first = self.files["train"][0]
-            self._channels = decode(first, str(first), None).shape[-1]
-        for position, index in enumerate(wanted):
+    def contents(self, part: str, wanted: NDArray[np.int64]) -> Iterator[tuple[int, Content, str]]:
+        for position, index in enumerate(wanted.tolist()):
             file = self.files[part][index]
-            yield position, decode(file, str(file), self._channels), str(file)
+            yield position, file, str(file)
 
 
-class ParquetSource:
+class ParquetSource(EncodedSource):
     """A Parquet file or a folder of them.
 
     Columns: ``image`` (bytes, or ``{bytes, path}``), ``label``, optional ``split`` and ``label_name``. Without ``split``
     file names tell the part (``train-00000.parquet``, ``test-...``); where they do not, a test part is cut.
     """
-
-    encoded = True
 
     def __init__(self, path: Path) -> None:
         self.files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
@@ -129,7 +150,6 @@ class ParquetSource:
         self.labels = {part: every[rows] for part, rows in self.rows.items()}
         self.class_names = _class_names(every, np.concatenate(names), int(self.labels["train"].max(initial=-1)) + 1)
         self.digest = hashlib.sha256("".join(file_digest(f) for f in self.files).encode()).hexdigest()[:16]
-        self._channels: int | None = None
 
     def _columns(self, file: Path) -> tuple[Labels, NDArray[np.str_], NDArray[np.str_]]:
         """Returns (labels, label names, part names) of one file's rows; empty texts where a column is missing."""
@@ -160,17 +180,11 @@ class ParquetSource:
 
         return np.asarray(column, dtype=np.int64), texts("label_name", ""), texts("split", by_file)
 
-    def images(self, part: str, wanted: NDArray[np.int64]) -> Iterator[tuple[int, Images, str]]:
-        if self._channels is None:
-            content, name = next(self._contents(self.rows["train"][:1]))[1:]
-            self._channels = decode(content, name, None).shape[-1]
-        for position, content, name in self._contents(self.rows[part][wanted]):
-            yield position, decode(content, name, self._channels), name
-
-    def _contents(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, bytes, str]]:
-        """Yields (position in ``rows``, encoded bytes, name) in file order, one row group in memory at a time."""
+    def contents(self, part: str, wanted: NDArray[np.int64]) -> Iterator[tuple[int, Content, str]]:
+        """Goes through the files in order, one row group in memory at a time."""
         import pyarrow.parquet as pq
 
+        rows = self.rows[part][wanted]
         order = np.argsort(rows, kind="stable")
         ordered = rows[order]
         for file, first in zip(self.files, self._first_row[:-1].tolist(), strict=True):
@@ -219,13 +233,43 @@ def _class_names(labels: Labels, names: NDArray[np.str_], classes: int) -> tuple
 
 def file_digest(file: Path) -> str:
     """Returns the SHA-256 of a file, remembered in the node's cache by path, size and modification time."""
+    return _remembered([_stamp(file, file.resolve())], lambda: _sha256(file))
+
+
+def _folder_digest(root: Path, files: list[Path]) -> str:
+    """Returns 16 digits that name the files' content and places below ``root``; read once as long as none is touched."""
+
+    def read() -> str:
+        with ThreadPoolExecutor(threads()) as pool:
+            content = pool.map(_sha256, files)
+            listing = [[str(f.relative_to(root)), digest] for f, digest in zip(files, content, strict=True)]
+        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+
+    return _remembered([str(root.resolve()), *(_stamp(f, f.relative_to(root)) for f in files)], read)
+
+
+def _stamp(file: Path, name: Path) -> str:
     found = file.stat()
-    key = hashlib.sha256(f"{file.resolve()} {found.st_size} {found.st_mtime_ns}".encode()).hexdigest()[:32]
-    note = cache_folder() / f"{key}.sha256"
+    return f"{name} {found.st_size} {found.st_mtime_ns}"
+
+
+def _sha256(file: Path) -> str:
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise TaskError(f"{file}: must be readable: {error.strerror or error}") from error
+
+
+def _remembered(stamps: Iterable[str], calculate: Callable[[], str]) -> str:
+    """Returns what was calculated for these stamps before, on this node, or calculates it."""
+    key = hashlib.sha256()
+    for stamp in stamps:
+        key.update(f"{stamp}\n".encode())
+    note = cache_folder() / f"{key.hexdigest()[:32]}.sha256"
     if note.is_file():
         return note.read_text()
-    with file.open("rb") as opened:
-        value = hashlib.file_digest(opened, "sha256").hexdigest()
+    value = calculate()
     write_atomic(note, lambda temporary: temporary.write_text(value))
     return value
 

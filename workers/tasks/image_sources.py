@@ -22,6 +22,7 @@ REPORT_FRACTION = 0.2
 
 Labels = NDArray[np.int64]
 Images = NDArray[Any]
+Content = bytes | Path | Images
 
 
 class Source(Protocol):
@@ -30,16 +31,21 @@ class Source(Protocol):
     Attributes:
         digest: names the content.
         labels: part (``train``, ``test``) to (N,) int64.
-        encoded: images are decoded one by one and worth caching.
+        channels: of every image.
     """
 
     digest: str
     labels: dict[str, Labels]
     class_names: tuple[str, ...]
-    encoded: bool
 
-    def images(self, part: str, wanted: NDArray[np.int64]) -> Iterator[tuple[int, Images, str]]:
-        """Yields (position in ``wanted``, (H, W, C) uint8 or float32, name for messages) in any order."""
+    @property
+    def channels(self) -> int: ...
+
+    def contents(self, part: str, wanted: NDArray[np.int64]) -> Iterator[tuple[int, Content, str]]:
+        """Yields (position in ``wanted``, image, name for messages) in any order.
+
+        An image is (H, W, C) uint8 or float32, or the bytes or the path of a file to decode.
+        """
         ...
 
 
@@ -77,7 +83,10 @@ def open_source(data: Mapping[str, Any]) -> Source:
 
 def task_info(source: Source, data: Mapping[str, Any]) -> TaskInfo:
     """Returns number of classes, channels and side length, from the source's first training image."""
-    _, image, _ = next(source.images("train", np.zeros(1, dtype=np.int64)))
+    from workers.tasks.encoded_images import decode
+
+    _, content, name = next(source.contents("train", np.zeros(1, dtype=np.int64)))
+    image = decode(content, name, None)
     height, width, channels = image.shape
     size = data.get("image_size")
     if size is None and height != width:
@@ -128,8 +137,6 @@ def _check_labels(source: Source, name: object) -> None:
 class ArraySource:
     """Images already in memory: uint8 or float32 (N, H, W, C) for each part."""
 
-    encoded = False
-
     def __init__(
         self, arrays: Mapping[str, Images], labels: Mapping[str, Labels], class_names: Sequence[str], digest: str
     ) -> None:
@@ -138,7 +145,16 @@ class ArraySource:
         self.labels = dict(labels)
         self.class_names = tuple(class_names)
 
-    def images(self, part: str, wanted: NDArray[np.int64]) -> Iterator[tuple[int, Images, str]]:
+    def worth_storing(self, image_size: int | None) -> bool:
+        """Whether the images are brought to another size and then better kept by the node than made by every trial."""
+        images = self.arrays["train"]
+        return images.dtype == np.uint8 and image_size not in (None, *images.shape[1:3])
+
+    @property
+    def channels(self) -> int:
+        return int(self.arrays["train"].shape[-1])
+
+    def contents(self, part: str, wanted: NDArray[np.int64]) -> Iterator[tuple[int, Content, str]]:
         for position, index in enumerate(wanted):
             yield position, self.arrays[part][index], f"{part} image {index}"
 

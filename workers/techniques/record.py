@@ -122,6 +122,7 @@ class ModelInfo:
         has_distil_token: one of the prefix tokens is a distillation token with its own head.
         num_heads, mlp_hidden: one entry a block; they differ after pruning.
         device: device kind the trial runs on, ``cpu`` or ``cuda``.
+        has_qk_norm: queries and keys are normalised over the dimensions of a head.
     """
 
     family: str
@@ -141,6 +142,7 @@ class ModelInfo:
     num_classes: int
     params: int
     device: str = "cpu"
+    has_qk_norm: bool = False
 
 
 @dataclass
@@ -186,8 +188,12 @@ class LossInputs:
 
     Attributes:
         logits: (B, classes) float32 of the model in training; targets: (B,) int64.
+            Where images are mixed, the label that an image had before; the task loss takes the mixed ones.
         teacher_logits: (B, classes) float32 of the same images, None unless a technique of the recipe needs the teacher.
         progress: share of the training done, 0 to 1.
+        distil_logits: (B, classes) float32 of the distillation token where the model returns both tokens' logits apart;
+            ``logits`` are then those of the class token.
+        teacher: in eval mode; None unless a technique needs the teacher's model, or the images are augmented.
     """
 
     model: nn.Module
@@ -196,6 +202,8 @@ class LossInputs:
     targets: torch.Tensor
     teacher_logits: torch.Tensor | None
     progress: float
+    distil_logits: torch.Tensor | None = None
+    teacher: nn.Module | None = None
 
 
 @dataclass
@@ -236,9 +244,12 @@ class Technique:
         identity: config with which the technique must change nothing that is computed (None: it has none).
         trains: config -> this technique needs the recovery training.
         needs_teacher: config -> the training needs teacher logits.
+        needs_teacher_model: config -> the training needs the teacher itself, for what is inside it.
         loss: (inputs, config) -> LossTerm, for the recovery training.
         parameter_groups: (model, config) -> extra optimiser groups (dicts for torch.optim) for parameters it added.
-        on_progress: (model, config, progress) -> None, called before every training step (temperatures, annealing).
+        on_progress: (model, config, progress) -> None, called before every training step (temperatures, annealing). What
+            changes over a training and is no function of progress lies in parameters or buffers, and draws come from
+            torch's global generator: a training that was killed goes on from these.
         finalise: (model, config) -> changes to merge into ``resolved``; after the training (cut by learned gates,
             fix learned widths).
         calibrate: (model, config, surroundings) -> None, after the model is converted, token reduction active.
@@ -259,6 +270,7 @@ class Technique:
     identity: Mapping[str, Any] | None = None
     trains: Callable[[Any], bool] = _never
     needs_teacher: Callable[[Any], bool] = _never
+    needs_teacher_model: Callable[[Any], bool] = _never
     loss: Callable[[LossInputs, Any], LossTerm] | None = None
     parameter_groups: Callable[[nn.Module, Any], Iterable[dict[str, Any]]] | None = None
     on_progress: Callable[[nn.Module, Any, float], None] | None = None
