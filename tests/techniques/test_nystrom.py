@@ -34,8 +34,10 @@ def replaced(variant: str = "class", **config: Any) -> Any:
 @pytest.mark.parametrize("landmarks", [20, 128])
 def test_as_many_landmarks_as_tokens_is_exact(dtype: torch.dtype, landmarks: int) -> None:
     q, k, v = qkv(20, dtype)
-    want = (q @ k.transpose(-1, -2) * 0.25).softmax(-1) @ v
-    assert (nystrom_attention(q, k, v, landmarks, 6, 0.25) - want).abs().max() <= 2e-7 * want.abs().max() * 4
+    want = (q.double() @ k.double().mT * 0.25).softmax(-1) @ v.double()
+    out = nystrom_attention(q, k, v, landmarks, 6, 0.25)
+    # METHODS: 2e-7, relative; a unit in the last place of the largest value is 1.2e-7.
+    assert (out - want).abs().max() <= 3e-7 * want.abs().max()
 
 
 def test_three_factors_at_full_rank_are_exact_too() -> None:
@@ -62,7 +64,7 @@ def test_residual_of_the_inverse_falls_as_stated() -> None:
     core = (q @ k.transpose(-1, -2) / 8).softmax(-1)
     eye = torch.eye(32, dtype=core.dtype)
     residual = [float((core @ pseudo_inverse(core, i) - eye).norm(dim=(-1, -2)).mean()) for i in (2, 6, 10, 20)]
-    bounds = [(4.0, 5.2), (1.2, 2.4), (0.3, 1.4), (0.0, 5e-4)]  # METHODS: 4.6, 1.8, 1.0, 5e-4
+    bounds = [(4.5, 4.7), (1.7, 1.9), (0.5, 1.1), (0.0, 5e-4)]  # METHODS: 4.6, 1.8, 1.0, 5e-4
     assert all(low <= r <= high for r, (low, high) in zip(residual, bounds, strict=True)), residual
 
 
@@ -85,6 +87,15 @@ def test_an_image_does_not_depend_on_its_batch() -> None:
     for i in range(2):
         alone = nystrom_attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], 8, 2, 0.25)
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_head_does_not_depend_on_the_others() -> None:
+    q, k, v = qkv(33)
+    k = k * torch.tensor([1.0, 30.0, 0.1])[:, None, None]
+    together = nystrom_attention(q, k, v, 8, 2, 0.25)
+    for h in range(3):
+        alone = nystrom_attention(q[:, h : h + 1], k[:, h : h + 1], v[:, h : h + 1], 8, 2, 0.25)
+        torch.testing.assert_close(together[:, h : h + 1], alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -127,6 +138,11 @@ def test_gradients_are_finite() -> None:
 def test_masks_are_refused() -> None:
     with pytest.raises(ValueError, match="masks are not possible"):
         replaced(landmarks=8).blocks[0].attn(torch.zeros(1, 17, 32), attn_mask=torch.zeros(1, 1, 17, 17))
+
+
+def test_asks_for_training_where_told_to() -> None:
+    assert TECHNIQUE.trains(Config(recover=True))
+    assert not TECHNIQUE.trains(Config())
 
 
 def test_check_wants_fewer_landmarks_than_tokens() -> None:

@@ -20,8 +20,8 @@ KINDS = ("allowed", "experimental", "forbidden")
 FAMILY_OF = {
     "distill": "distillation",
     "magnitude_prune": "pruning",
+    "taylor_prune": "pruning",
     "importance_prune": "pruning",
-    "redistribute": "pruning",
     "resolution": "token_reduction",
     "tome": "token_reduction",
     "pitome": "token_reduction",
@@ -123,18 +123,12 @@ PRECEDENCES = (
 
 FREE = (
     (("precision",), ("weight_only",), "scales from rounded or from unrounded weights"),
-    (("pruning",), ("pruning",), "each ranks what the other left"),
+    (("magnitude_prune",), ("taylor_prune",), "each ranks what the other left"),
 )
 """Pairs that are legal in both orders and compute different things: the search space offers both."""
 
 DEVICE_RULES = (("cuda", "dynamic_int8", "the dynamic int8 kernel runs on the CPU only"),)
 """(device kind, technique, reason): infeasible there."""
-
-DISTIL_TOKEN_RULES = (
-    ("evit", "tokens are ranked by attention of the class token; the distillation token would be dropped"),
-    ("dynamicvit", "tokens are ranked by a predictor; the distillation token would be dropped"),
-)
-"""(technique, reason): infeasible on a model with a distillation token. A technique that protects it leaves the table."""
 
 
 @dataclass(frozen=True)
@@ -202,13 +196,10 @@ def fault(names: Sequence[str], model_family: str = "timm") -> str | None:
 
 
 def environment_fault(names: Sequence[str], info: ModelInfo) -> str | None:
-    """Returns why a recipe cannot run on this model and device whatever its configs are, or None."""
+    """Returns why a recipe cannot run on this device whatever its configs are, or None."""
     for device, name, reason in DEVICE_RULES:
         if name in names and info.device == device:
             return f"{name} on {device}: {reason}"
-    for name, reason in DISTIL_TOKEN_RULES:
-        if name in names and info.has_distil_token:
-            return f"{name} on a model with a distillation token: {reason}"
     return None
 
 

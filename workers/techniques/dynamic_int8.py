@@ -41,6 +41,7 @@ class DynamicInt8Linear(KernelLinear):
     weight: Tensor
     scale: Tensor
     bias: Tensor | None
+    arithmetic = "int8"  # see workers.parity
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight.shape[1], weight.shape[0])

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
 from torch import Tensor, nn
 
-from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, number
+from workers.techniques.low_rank import LowRankAttention, attention_names, replace_attention, require_attention
+from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, choice, number
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Config:
 
     landmarks: int = number(64, 4, 128, 1, search=(24, 96, 8), doc="segment means that stand for the N tokens")
     iterations: int = number(6, 1, 20, 1, search=(2, 6, 2), doc="steps of the iterative pseudo-inverse")
+    recover: bool = choice(False, (True, False), search=(False,), doc="asks for the recovery training")
 
 
 # --- mathematics ------------------------------------------------------------------------------------------------------
@@ -88,41 +89,18 @@ def nystrom_attention(q: Tensor, k: Tensor, v: Tensor, landmarks: int, iteration
 # --- module -----------------------------------------------------------------------------------------------------------
 
 
-class NystromAttention(nn.Module):
-    """Takes the place of a timm ``Attention``: the same children under the same names, hence the same state dict."""
+class NystromAttention(LowRankAttention):
+    """Attention through landmarks."""
 
-    qkv: nn.Module
-    q_norm: nn.Module
-    k_norm: nn.Module
-    attn_drop: nn.Module
-    norm: nn.Module
-    gate: nn.Module | None
-    proj: nn.Module
-    proj_drop: nn.Module
+    technique = "nystrom"
 
     def __init__(self, attn: Any, landmarks: int, iterations: int) -> None:
-        super().__init__()
+        super().__init__(attn)
         self.landmarks, self.iterations = landmarks, iterations
-        self.num_heads, self.head_dim, self.attn_dim = attn.num_heads, attn.head_dim, attn.attn_dim
-        self.scale = attn.scale
-        for name in ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"):
-            setattr(self, name, getattr(attn, name))
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Attends over x (B, N, C); returns (B, N, C).
-
-        Raises:
-            ValueError: for a mask, which an attention without an attention map cannot honour.
-        """
-        if attn_mask is not None or is_causal:
-            raise ValueError("nystrom: attention masks are not possible, there is no N by N map to mask")
-        B, N, _ = x.shape
-        gate = self.gate(x).sigmoid() if self.gate is not None else None
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        out = nystrom_attention(self.q_norm(q), self.k_norm(k), v, self.landmarks, self.iterations, self.scale)
-        out = self.norm(out.transpose(1, 2).reshape(B, N, self.attn_dim))
-        out = self.proj(out if gate is None else out * gate)
-        return cast(Tensor, self.proj_drop(out))
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See :func:`nystrom_attention`."""
+        return nystrom_attention(q, k, v, self.landmarks, self.iterations, self.scale)
 
 
 # --- record -----------------------------------------------------------------------------------------------------------
@@ -137,19 +115,17 @@ def _check(info: ModelInfo, config: Config) -> str | None:
 
 
 def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
-    vit: Any = model  # timm is not typed
-    for name, block in vit.blocks.named_children():
-        if not isinstance(block.attn, Attention):
-            raise ValueError(f"nystrom: blocks.{name}.attn must be timm's Attention, found {type(block.attn).__name__}")
+    require_attention(model, "nystrom")
     resolved = {"landmarks": config.landmarks, "iterations": config.iterations}
-    return Applied(_rebuild(model, resolved), resolved, [f"blocks.{i}.attn" for i in range(len(vit.blocks))])
+    return Applied(_rebuild(model, resolved), resolved, attention_names(model))
 
 
 def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
-    vit: Any = model
-    for block in vit.blocks:
-        block.attn = NystromAttention(block.attn, **resolved)
-    return model
+    return replace_attention(model, lambda attn, _: NystromAttention(attn, **resolved))
+
+
+def _trains(config: Config) -> bool:
+    return config.recover
 
 
 TECHNIQUE = Technique(
@@ -161,5 +137,6 @@ TECHNIQUE = Technique(
     apply=_apply,
     rebuild=_rebuild,
     check=_check,
+    trains=_trains,
     source="Nystromformer, arXiv 2102.03902, section 3",
 )

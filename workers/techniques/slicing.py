@@ -1,16 +1,19 @@
-"""Removes whole heads, MLP dimensions and residual channels from a timm ViT, and ranks them by magnitude.
+"""Removes whole heads, head and MLP dimensions, residual channels and blocks from a timm ViT, and ranks them by magnitude.
 
 Every ``keep_*`` takes the indices that stay, ascending, and changes the model in place; on the meta device it changes the
-shapes only, which is how an artefact's structure is built again from its counts.
+shapes only, which is how an artefact's structure is built again from its counts (:func:`shrink_to`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from timm.layers import Attention, LayerScale, Mlp
 from torch import Tensor, nn
+
+HEADS_NORMALISED = "queries and keys are normalised over the dimensions of a head, none of which can be removed"
 
 
 def require_plain(model: nn.Module, technique: str) -> None:
@@ -32,21 +35,112 @@ def require_plain(model: nn.Module, technique: str) -> None:
             )
 
 
+def require_plain_heads(model: nn.Module, technique: str) -> None:
+    """Refuses a model whose heads are normalised over their dimensions: the norm would see others.
+
+    Raises:
+        ValueError: naming the block.
+    """
+    vit: Any = model
+    for name, block in vit.blocks.named_children():
+        if not isinstance(block.attn.q_norm, nn.Identity) or not isinstance(block.attn.k_norm, nn.Identity):
+            raise ValueError(f"{technique}: blocks.{name}: {HEADS_NORMALISED}")
+
+
+def require_plain_stream(model: nn.Module, technique: str) -> None:
+    """Refuses a model that reads the residual stream with more than norms and linear heads.
+
+    Raises:
+        ValueError: for attention pooling.
+    """
+    vit: Any = model
+    if getattr(vit, "attn_pool", None) is not None:
+        raise ValueError(f"{technique}: the model pools by attention over its channels; none can be removed")
+
+
+# --- counts -----------------------------------------------------------------------------------------------------------
+
+
+def multiple(count: float, of: int, most: int) -> int:
+    """Returns the multiple of ``of`` that is nearest to ``count``, at least one and at most ``most``."""
+    return min(most, max(1, round(count / of)) * of)
+
+
+def dimensions(model: nn.Module) -> dict[str, Any]:
+    """Returns the counts that say what a pruned ViT looks like, as plain JSON values; see :func:`shrink_to`."""
+    vit: Any = model
+    return {
+        "channels": vit.embed_dim,
+        "heads": [block.attn.num_heads for block in vit.blocks],
+        "head_dims": [block.attn.head_dim for block in vit.blocks],
+        "hidden": [block.mlp.fc1.out_features for block in vit.blocks],
+    }
+
+
+def shrink_to(model: nn.Module, counts: Mapping[str, Any]) -> nn.Module:
+    """Leaves the leading heads, dimensions and channels, as many as ``counts`` says; returns the model.
+
+    Its ``blocks``, where there are such, are the blocks that stay: their counts may differ from those of the others. Without
+    them the leading ones stay.
+    """
+    vit: Any = model
+    device = vit.patch_embed.proj.weight.device
+    keep_blocks(vit, counts.get("blocks", list(range(len(counts["heads"])))))
+    for block, heads, dims, hidden in zip(
+        vit.blocks, counts["heads"], counts["head_dims"], counts["hidden"], strict=True
+    ):
+        keep_heads(block.attn, torch.arange(heads, device=device))
+        if dims < block.attn.head_dim:
+            first = torch.arange(dims, device=device).expand(heads, -1)
+            keep_head_dims(block.attn, first, first)
+        keep_hidden(block.mlp, torch.arange(hidden, device=device))
+    if counts["channels"] < vit.embed_dim:
+        keep_channels(vit, torch.arange(counts["channels"], device=device))
+    return model
+
+
 # --- magnitudes -------------------------------------------------------------------------------------------------------
+
+
+def squares(weight: Tensor) -> Tensor:
+    """Returns what the L2 norm of a group adds up."""
+    return weight.detach().float().pow(2)
+
+
+def head_dim_sums(attn: Any, measure: Callable[[Tensor], Tensor] = squares) -> tuple[Tensor, Tensor]:
+    """Adds up ``measure`` of all weights of each head dimension.
+
+    Returns:
+        (H, D) of queries and keys (their rows of qkv), (H, D) of values (rows of qkv and of a gate, columns of proj).
+    """
+    rows: Tensor = measure(attn.qkv.weight).sum(dim=1).reshape(3, attn.num_heads, -1)
+    values: Tensor = rows[2] + measure(attn.proj.weight).sum(dim=0).reshape(attn.num_heads, -1)
+    if attn.gate is not None:
+        values = values + measure(attn.gate.weight).sum(dim=1).reshape(attn.num_heads, -1)
+    return rows[0] + rows[1], values
+
+
+def hidden_sums(mlp: Any, measure: Callable[[Tensor], Tensor] = squares) -> Tensor:
+    """Adds up ``measure`` of all weights of each hidden dimension of an MLP: (hidden,)."""
+    rows: Tensor = measure(mlp.fc1.weight).sum(dim=1)
+    columns: Tensor = measure(mlp.fc2.weight).sum(dim=0)
+    return rows + columns
 
 
 def head_magnitudes(attn: Any) -> Tensor:
     """Returns (H,) float32: the L2 norm of all weights of each head, query, key, value rows and projection columns."""
-    rows: Tensor = attn.qkv.weight.detach().float().pow(2).sum(dim=1).reshape(3, attn.num_heads, -1).sum(dim=(0, 2))
-    columns: Tensor = attn.proj.weight.detach().float().pow(2).sum(dim=0).reshape(attn.num_heads, -1).sum(dim=1)
-    return (rows + columns).sqrt()
+    qk, v = head_dim_sums(attn)
+    return (qk + v).sum(dim=1).sqrt()
 
 
 def hidden_magnitudes(mlp: Any) -> Tensor:
     """Returns (hidden,) float32: the L2 norm of all weights of each hidden dimension of an MLP."""
-    rows: Tensor = mlp.fc1.weight.detach().float().pow(2).sum(dim=1)
-    columns: Tensor = mlp.fc2.weight.detach().float().pow(2).sum(dim=0)
-    return (rows + columns).sqrt()
+    return hidden_sums(mlp).sqrt()
+
+
+def block_magnitude(block: Any) -> float:
+    """Returns the L2 norm of the weights with which a block writes into the residual stream, its LayerScale included."""
+    return float((_written(block.attn.proj, block.ls1) + _written(block.mlp.fc2, block.ls2)).sum().sqrt())
 
 
 def channel_magnitudes(model: nn.Module) -> Tensor:
@@ -56,15 +150,19 @@ def channel_magnitudes(model: nn.Module) -> Tensor:
     if vit.pos_embed is not None:
         total = total + vit.pos_embed.detach().float().flatten(0, 1).pow(2).sum(dim=0)
     for block in vit.blocks:
-        for writer, scale in ((block.attn.proj, block.ls1), (block.mlp.fc2, block.ls2)):
-            written = writer.weight.detach().float().pow(2).sum(dim=1)
-            total = total + (written * scale.gamma.detach().float() ** 2 if isinstance(scale, LayerScale) else written)
+        total = total + _written(block.attn.proj, block.ls1) + _written(block.mlp.fc2, block.ls2)
     return total.sqrt()
 
 
+def _written(writer: Any, scale: nn.Module) -> Tensor:
+    """Returns (C,): the squared norm of the rows of a linear layer, times those of the LayerScale after it."""
+    rows = squares(writer.weight).sum(dim=1)
+    return rows * squares(scale.gamma) if isinstance(scale, LayerScale) else rows
+
+
 def largest(magnitudes: Tensor, count: int) -> Tensor:
-    """Returns the indices of the ``count`` largest, ascending; of equals the first ones."""
-    return magnitudes.argsort(descending=True, stable=True)[:count].sort().values
+    """Returns the indices of the ``count`` largest of the last dimension, ascending; of equals the first ones."""
+    return magnitudes.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(dim=-1).values
 
 
 # --- slicing ----------------------------------------------------------------------------------------------------------
@@ -96,9 +194,40 @@ def keep_heads(attn: Any, heads: Tensor) -> None:
     attn.num_heads, attn.attn_dim = len(heads), len(columns)
 
 
+def keep_head_dims(attn: Any, qk: Tensor, v: Tensor) -> None:
+    """Leaves the given dimensions of every head of a timm ``Attention``.
+
+    timm's softmax scale follows the head dimension; queries and keys take up the change, so that the logits stay what the
+    dimensions that are left make of them.
+
+    Args:
+        qk: (H, d) which dimensions of queries and keys stay in each head; v: (H, d) of values.
+    """
+    H, D, d = attn.num_heads, attn.head_dim, qk.shape[1]
+    start = torch.arange(H, device=qk.device)[:, None] * D
+    seen, columns = (start + qk).flatten(), (start + v).flatten()
+    attn.qkv = sliced(attn.qkv, rows=torch.cat([seen, H * D + seen, 2 * H * D + columns]))
+    attn.proj = sliced(attn.proj, columns=columns)
+    if attn.gate is not None:
+        attn.gate = sliced(attn.gate, rows=columns)
+    scale = d**-0.5
+    with torch.no_grad():
+        for parameter in attn.qkv.parameters():
+            parameter[: 2 * H * d] *= (attn.scale / scale) ** 0.5
+    attn.head_dim, attn.attn_dim, attn.scale = d, H * d, scale
+
+
 def keep_hidden(mlp: Any, dims: Tensor) -> None:
     """Leaves the given hidden dimensions of a timm ``Mlp``."""
     mlp.fc1, mlp.fc2 = sliced(mlp.fc1, rows=dims), sliced(mlp.fc2, columns=dims)
+
+
+def keep_blocks(model: nn.Module, blocks: list[int]) -> None:
+    """Leaves the given blocks of a timm ViT."""
+    vit: Any = model
+    if len(blocks) < len(vit.blocks):
+        vit.blocks = nn.Sequential(*(vit.blocks[i] for i in blocks))
+        vit.feature_info = vit.feature_info[: len(blocks)]
 
 
 def keep_channels(model: nn.Module, channels: Tensor) -> None:

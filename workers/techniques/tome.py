@@ -5,22 +5,23 @@ Differs from the paper: class, distillation and register tokens are all protecte
 mask, so fused attention stays; where a model pools over tokens, the merged ones are repeated before the pooling, which
 makes a mean the size-weighted mean.
 Saves MACs, time and activation memory; the size of the model stays. Needs no training and gains from it.
-Not covered: gradient checkpointing, attention masks, intermediate features (timm iterates over the blocks there and so
-passes by the merging).
+Not covered: attention masks and intermediate features (an error).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
 from torch import Tensor, nn
 
+from workers.techniques.merging import Matching, MergingBlocks
 from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, choice, number
+from workers.techniques.token_blocks import best_first, require_blocks
 
 SHAPES = {"decreasing": -1, "constant": 0, "increasing": 1}
 """The paper's schedule parameter f: the sign of the slope of r over the blocks."""
@@ -62,141 +63,33 @@ def token_counts(num_tokens: int, prefix: int, merged: Iterable[int]) -> list[in
     return counts
 
 
-@dataclass(frozen=True)
-class Matching:
-    """Which tokens of one block go together, as indices into the halves A (even positions) and B (odd positions).
-
-    Attributes:
-        merged: (B, r, 1) rows of A to merge; into: (B, r, 1) the row of B that each is merged into.
-        kept: (B, A - r, 1) the other rows of A, ascending.
-        prefix: protected tokens in front, outside both halves.
-    """
-
-    merged: Tensor
-    into: Tensor
-    kept: Tensor
-    prefix: int
-
-    def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Splits the unprotected rows of x (B, N, C) by their position in the whole sequence: even, odd."""
-        start = self.prefix % 2
-        return x[:, self.prefix + start :: 2], x[:, self.prefix + 1 - start :: 2]
-
-    def sums(self, x: Tensor) -> Tensor:
-        """Adds up the rows of x (B, N, C) that go together; returns (B, N - r, C) as [prefix ; kept of A ; B]."""
-        a, b = self.halves(x)
-        width = (-1, -1, x.shape[-1])
-        b = b.scatter_add(1, self.into.expand(width), a.gather(1, self.merged.expand(width)))
-        return torch.cat([x[:, : self.prefix], a.gather(1, self.kept.expand(width)), b], dim=1)
-
-    def destinations(self, num_tokens: int) -> Tensor:
-        """Returns (B, N) int64: the row that each of the N tokens has after the merging."""
-        batch, kept = self.kept.shape[:2]
-        place = self.merged.new_empty(batch, num_tokens)
-        place[:, : self.prefix] = torch.arange(self.prefix, device=place.device)
-        a, b = self.halves(place[..., None])
-        a.scatter_(1, self.kept, torch.arange(kept, device=place.device)[:, None].expand(batch, -1, 1) + self.prefix)
-        a.scatter_(1, self.merged, self.into + self.prefix + kept)
-        b[:] = torch.arange(b.shape[1], device=place.device)[:, None] + self.prefix + kept
-        return place
-
-
-def match(metric: Tensor, r: int, prefix: int) -> Matching | None:
-    """Pairs each token of A with its most similar one of B and takes the r best pairs (bipartite soft matching).
+def match(keys: Tensor, r: int, prefix: int) -> Matching | None:
+    """Pairs each token of A (even positions) with its most similar one of B (odd ones) and takes the r best pairs.
 
     Args:
-        metric: (B, N, D) what similarity is measured on: keys averaged over the heads.
+        keys: (B, N, D) what similarity is measured on, averaged over the heads.
         r: tokens to remove; cut to half of the unprotected ones.
-        prefix: protected tokens in front.
+        prefix: protected tokens in front, in neither half.
 
     Returns:
-        None where there is nothing to merge.
+        None where there is nothing to merge. The result has the order [prefix ; rest of A ; B].
     """
-    r = min(r, (metric.shape[1] - prefix) // 2)
+    batch, N = keys.shape[:2]
+    r = min(r, (N - prefix) // 2)
     if r <= 0:
         return None
-    metric = F.normalize(metric.detach().float(), dim=-1)
+    keys = F.normalize(keys.detach().float(), dim=-1)
+    place = torch.arange(N, device=keys.device).expand(batch, -1)
     start = prefix % 2
-    a, b = metric[:, prefix + start :: 2], metric[:, prefix + 1 - start :: 2]
-    score, partner = (a @ b.transpose(1, 2)).max(dim=-1)
-    best = score.argsort(dim=-1, descending=True, stable=True)
-    merged, kept = best[:, :r], best[:, r:].sort(dim=-1).values
-    return Matching(merged[..., None], partner.gather(1, merged)[..., None], kept[..., None], prefix)
-
-
-def merge(x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
-    """Replaces the tokens that go together by their mean, weighted by size.
-
-    Args:
-        x: (B, N, C) tokens.
-        size: (B, N, 1) float32, how many original tokens each stands for.
-
-    Returns:
-        tokens (B, N - r, C) in the type of x, sizes (B, N - r, 1).
-    """
-    merged_size = matching.sums(size)
-    return (matching.sums(x * size) / merged_size).to(x.dtype), merged_size
-
-
-def attend(attn: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Computes timm's ``Attention.forward`` with keys weighted by token size.
-
-    Args:
-        attn: a timm ``Attention``; its own num_heads and head_dim are used (pruned models differ).
-        x: (B, N, C); size: (B, N, 1), None where every token counts once.
-
-    Returns:
-        output (B, N, C), keys averaged over the heads (B, N, D).
-    """
-    B, N, _ = x.shape
-    gate = attn.gate(x).sigmoid() if attn.gate is not None else None
-    q, k, v = attn.qkv(x).reshape(B, N, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    # softmax(q k + log s) counts a key of size s as s equal keys.
-    mask = None if size is None else size.log().transpose(1, 2)[:, None].to(q.dtype)
-    dropout = attn.attn_drop.p if attn.training else 0.0
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=attn.scale)
-    out = attn.norm(out.transpose(1, 2).reshape(B, N, attn.attn_dim))
-    out = attn.proj(out if gate is None else out * gate)
-    return attn.proj_drop(out), k.mean(dim=1)
-
-
-# --- module -----------------------------------------------------------------------------------------------------------
-
-
-class MergingBlocks(nn.ModuleList):
-    """timm's ``blocks`` with merging: the same children under the same names, and sizes passed from block to block.
-
-    Args:
-        blocks: timm ``Block`` modules.
-        merged: tokens to merge in each.
-        prefix: protected tokens in front.
-        proportional: proportional attention.
-        restore: repeat merged tokens at the end, for models that pool over tokens.
-    """
-
-    def __init__(
-        self, blocks: Iterable[nn.Module], merged: list[int], prefix: int, proportional: bool, restore: bool
-    ) -> None:
-        super().__init__(blocks)
-        self.merged, self.prefix, self.proportional, self.restore = merged, prefix, proportional, restore
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Runs the blocks on x (B, N, C); returns (B, N', C), or (B, N, C) with ``restore``."""
-        size: Tensor | None = None
-        row: Tensor | None = None
-        block: Any
-        for block, r in zip(self, self.merged, strict=True):
-            out, metric = attend(block.attn, block.norm1(x), size if self.proportional else None)
-            x = x + block.drop_path1(block.ls1(out))
-            if matching := match(metric, r, self.prefix):
-                if self.restore:
-                    moved = matching.destinations(x.shape[1])
-                    row = moved if row is None else moved.gather(1, row)
-                ones = torch.ones(*x.shape[:2], 1, device=x.device)
-                x, size = merge(x, ones if size is None else size, matching)
-            x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-        return x if row is None else x.gather(1, row[..., None].expand(-1, -1, x.shape[-1]))
+    even, odd = slice(prefix + start, None, 2), slice(prefix + 1 - start, None, 2)
+    score, partner = (keys[:, even] @ keys[:, odd].transpose(1, 2)).max(dim=-1)
+    order = best_first(score)
+    merged, kept = order[:, :r], order[:, r:].sort(dim=-1).values
+    return Matching(
+        rest=torch.cat([place[:, :prefix], place[:, even].gather(1, kept), place[:, odd]], dim=1),
+        merged=place[:, even].gather(1, merged),
+        into=partner.gather(1, merged) + prefix + kept.shape[1],
+    )
 
 
 # --- record -----------------------------------------------------------------------------------------------------------
@@ -211,15 +104,8 @@ def _check(info: ModelInfo, config: Config) -> str | None:
 
 
 def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+    require_blocks(model, "tome")
     vit: Any = model  # timm is not typed
-    for name, block in vit.blocks.named_children():
-        if not isinstance(block.attn, Attention) or not hasattr(block, "drop_path2"):
-            raise ValueError(
-                f"tome: blocks.{name} must be timm's Block with timm's Attention, "
-                f"found {type(block).__name__} with {type(block.attn).__name__}"
-            )
-    if vit.grad_checkpointing:
-        raise ValueError("tome: gradient checkpointing must be off, it passes by the merging")
     merged = reductions(config.r, SHAPES[config.schedule], len(vit.blocks))
     resolved = {
         "merged": merged,
@@ -232,7 +118,9 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
 
 def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     vit: Any = model
-    vit.blocks = MergingBlocks(vit.blocks, **resolved)
+    prefix = resolved["prefix"]
+    matches = [partial(match, r=r, prefix=prefix) for r in resolved["merged"]]
+    vit.blocks = MergingBlocks(vit.blocks, matches, prefix, resolved["proportional"], resolved["restore"])
     return model
 
 

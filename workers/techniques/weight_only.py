@@ -57,6 +57,7 @@ class Int8Linear(KernelLinear):
     def __init__(self, in_features: int, out_features: int, *, bias: bool, kernel: str) -> None:
         super().__init__(in_features, out_features)
         self.kernel = kernel
+        self.arithmetic = "bfloat16" if kernel == "packed" else None  # of the factors; see workers.parity
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8, device="meta"))
         self.register_buffer("scale", torch.empty(out_features, device="meta"))
         self.register_buffer("bias", torch.empty(out_features, device="meta") if bias else None)
