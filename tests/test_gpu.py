@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from workers.protocol import Context, Recipe, Step, TrialSpec, trial_id
+from workers.protocols import PROTOCOLS
 from workers.run import run_trial
 from workers.techniques import registry, versions
 from workers.techniques.record import defaults
@@ -71,13 +72,12 @@ def spec(root: Path, steps: list[tuple[str, dict[str, Any]]]) -> TrialSpec:
         data={**data, "digest": tasks.data_digest(data)},
         training={"baseline": {**SETTINGS, "seed": 0}, "recovery": SETTINGS},
         measurement={
+            **PROTOCOLS["quick"],
             "protocol": "quick",
-            "batch": 64,
-            "latency_repeats": 5,
-            "throughput_batches": 3,
-            "warmup": 2,
+            "noise_runs": 2,
             "threads": 1,
             "bootstrap": 100,
+            "compile": False,
         },
         device="cuda",
     )

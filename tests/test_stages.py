@@ -105,6 +105,40 @@ def test_a_failure_is_not_cached(tmp_path: Path, context: Context, monkeypatch: 
     assert executions(storage)[surgery.key] == 2
 
 
+# --- parity -----------------------------------------------------------------------------------------------------------
+
+PARITY = ("parity_exact", "parity_max_abs", "parity_tolerance")
+
+
+def test_every_row_says_that_its_artefact_computes_what_was_packed(tmp_path: Path, context: Context) -> None:
+    storage = LocalStorage(tmp_path)
+    steps = (PRUNE, ("tome", {"r": 1}), ("dynamic_int8", {}))
+    for _ in ("just packed", "from the cache"):
+        conditions = run(storage, context, *steps).conditions
+        assert [conditions[name] for name in PARITY] == [True, 0.0, 0.0]
+        assert "parity_because" not in conditions
+    other = run_trial(replace(spec(storage, context, recipe(*steps)), cpus=2))
+    assert other.status == "ok", other.failure
+    assert other.conditions["parity_because"] == ["threads"]
+    assert not other.conditions["parity_exact"]
+    assert other.conditions["parity_max_abs"] <= other.conditions["parity_tolerance"]
+
+
+def test_an_artefact_that_computes_something_else_gives_no_row(tmp_path: Path, context: Context) -> None:
+    storage = LocalStorage(tmp_path)
+    last = run(storage, context, ("precision", {})).stages[-1]
+    baseline = tmp_path / "stages" / keys(context, 0, ("precision", {}))[0]
+    (tmp_path / "stages" / last.key / stages.PROBE).write_bytes((baseline / stages.PROBE).read_bytes())
+    failed = run_trial(spec(storage, context, recipe(("precision", {}))))
+    assert failed.status == "error"
+    assert failed.failure is not None
+    assert failed.failure.startswith(f"ArtefactMismatch: artefact {last.key}: reloaded logits differ by")
+    assert failed.metrics == {}
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
 def keys(context: Context, seed: int = 0, *steps: tuple[str, dict[str, Any]]) -> list[str]:
     return [s.key for s in stages.compile_recipe(recipe(*(steps or (PRUNE, ("precision", {})))), seed, context)]
 
@@ -129,7 +163,7 @@ def test_what_changes_the_baseline_changes_every_key(context: Context, section: 
     [
         ("data", {"path": "/elsewhere/digits"}),
         ("model", {"checkpoint": "/elsewhere/model.safetensors"}),
-        ("measurement", {"batch": 8}),
+        ("measurement", {"window_s": 8.0}),
     ],
 )
 def test_what_only_moves_or_measures_changes_no_key(context: Context, section: str, change: dict[str, Any]) -> None:

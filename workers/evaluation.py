@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +26,13 @@ class NotFiniteOutput(Exception):
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Top-1 accuracy over ``total`` images with its 95 % Wilson interval; ``logits_digest`` names the exact output."""
+    """Top-1 accuracy over ``total`` images with its 95 % Wilson interval.
+
+    Attributes:
+        logits_digest: names the exact output.
+        correct_bits: which images were right, in the split's order: eight a byte, first image in the highest bit, as
+            hexadecimal digits. With it two models are compared image by image.
+    """
 
     correct: int
     total: int
@@ -33,6 +40,7 @@ class Accuracy:
     wilson_low_pct: float
     wilson_high_pct: float
     logits_digest: str
+    correct_bits: str
 
 
 def predict_logits(
@@ -82,10 +90,13 @@ def evaluate(
 ) -> Accuracy:
     """Returns the top-1 accuracy of ``model`` over ``split``; see :func:`predict_logits`."""
     logits = predict_logits(model, split, device=device, batch_size=batch_size, tick=tick)
-    correct = int((logits.argmax(dim=1) == torch.from_numpy(split.labels)).sum())
+    right = (logits.argmax(dim=1) == torch.from_numpy(split.labels)).numpy()
+    correct = int(right.sum())
     low, high = wilson(correct, len(split))
     name = hashlib.sha256(logits.numpy().tobytes()).hexdigest()[:16]
-    return Accuracy(correct, len(split), 100 * correct / len(split), 100 * low, 100 * high, name)
+    return Accuracy(
+        correct, len(split), 100 * correct / len(split), 100 * low, 100 * high, name, np.packbits(right).tobytes().hex()
+    )
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:

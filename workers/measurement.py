@@ -1,257 +1,177 @@
-"""Measurement: speed against the interleaved baseline, peak memory, MACs, parameters (METHODS section 7).
+"""Measures an artefact against the strong baseline: latency, throughput, peak memory (METHODS section 7).
 
-Times are taken alone on the device: the caller holds the lane. The compressed model and the baseline run in turn,
-A B A B, in this process, and what counts is the median of the paired ratios with its bootstrap interval, because an
-absolute time drifts by half within a process.
+Source: the protocol is PuMer's (arXiv 2305.17530, section 5) and ToMe's (arXiv 2210.09461, section 4): throughput at the best
+batch size, found by growing it; latency at batch 1; peak memory at a batch that both models take.
+Differs: the two models take turns in one process, and what counts is the median of the paired ratios with its bootstrap
+interval; the baseline is the best uncompressed way to run the model (strong_baseline.py) at its own best batch size.
+
+Times are taken alone on the device: the caller holds the lane.
 """
 
 from __future__ import annotations
 
 import math
-import platform
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from workers.peak_memory import NotTellable, peak_memory_bytes
+from workers import timing
+from workers.conditions import device_conditions, dtypes, fused, threads
+from workers.counting import count_macs, count_params
+from workers.peak_memory import NotTellable
 from workers.protocol import Measurement
+from workers.strong_baseline import StrongBaseline, grow
 from workers.tasks import TaskInfo
+from workers.timing import Arm
+from workers.ways import COMPILE, as_way, compile_model
 
-__all__ = ["NotTellable", "count_macs", "count_params", "measure", "paired_ratio"]
+__all__ = ["NotTellable", "Subject", "count_macs", "count_params", "make_images", "measure_speed"]
 
-BOOTSTRAP_SEED = 0
 INPUT_SEED = 0
 
+UNITS = {"latency": "ms", "throughput": "images/s"}
 
-def measure(
-    model: nn.Module,
-    baseline: nn.Module,
-    settings: Mapping[str, Any],
-    *,
-    task_info: TaskInfo,
-    device: torch.device | str,
-    artefact_key: str,
-    quantities: Collection[str] = ("latency", "throughput"),
-    artefact_path: str | Path | None = None,
-) -> tuple[Measurement, ...]:
-    """Measures ``model`` on ``device``, where it and ``baseline`` lie already.
 
-    Args:
-        model: the reloaded artefact; ``baseline``: the uncompressed model that it is timed against.
-        settings: ``protocol, batch, latency_repeats, throughput_batches, warmup, threads, bootstrap``.
+@dataclass(frozen=True)
+class Subject:
+    """What is measured and under which settings.
+
+    Attributes:
+        model: the reloaded artefact on ``device``; ``baseline``: the uncompressed model, there too.
         artefact_key: stage key that the records carry.
-        quantities: of ``latency`` (batch 1, ms), ``throughput`` (``settings["batch"]``, images/s), ``peak_memory``
-            (same batch, bytes).
-        artefact_path: folder of the artefact, which a fresh process loads for ``peak_memory``.
-
-    Raises:
-        NotTellable: peak memory cannot be told for this model or machine.
-        ValueError: an unknown quantity.
+        settings: the measurement section of the context: those of :mod:`workers.protocols`, and ``protocol``,
+            ``threads``, ``bootstrap``, ``compile``.
     """
-    unknown = set(quantities) - {"latency", "throughput", "peak_memory"}
-    if unknown:
-        raise ValueError(f"quantities must be of latency, throughput, peak_memory; got {', '.join(sorted(unknown))}")
-    device = torch.device(device)
-    found = []
-    with _threads(int(settings["threads"])):
-        conditions = _conditions(model, baseline, settings, device)
 
-        def record(kind: str, batch: int, value: float, unit: str, **more: Any) -> None:
-            own = conditions | more.pop("conditions", {})
-            resolution, protocol = task_info.image_size, str(settings.get("protocol", "quick"))
-            found.append(
-                Measurement(
-                    kind, artefact_key, device.type, batch, resolution, protocol, value, unit, conditions=own, **more
-                )
-            )
-
-        for kind, batch, repeats in (
-            ("latency", 1, int(settings["latency_repeats"])),
-            ("throughput", int(settings["batch"]), int(settings["throughput_batches"])),
-        ):
-            if kind in quantities:
-                images = _images(task_info, batch, device)
-                seconds = _interleaved(model, baseline, images, repeats, int(settings["warmup"]))
-                _record_speed(record, kind, batch, seconds, int(settings["bootstrap"]))
-    if "peak_memory" in quantities:
-        if artefact_path is None:
-            raise NotTellable("peak memory is taken from an artefact in a fresh process; artefact_path is missing")
-        batch = int(settings["batch"])
-        peak = peak_memory_bytes(artefact_path, batch, task_info, device, int(settings["threads"]))
-        how = "allocator peak" if device.type == "cuda" else "resident growth"
-        record("peak_memory", batch, float(peak), "bytes", conditions={"method": f"{how} in a fresh process"})
-    return tuple(found)
+    model: nn.Module
+    baseline: nn.Module
+    artefact_key: str
+    settings: Mapping[str, Any]
+    task_info: TaskInfo
+    device: torch.device
 
 
-def _record_speed(
-    record: Callable[..., None], kind: str, batch: int, seconds: NDArray[np.float64], bootstrap: int
-) -> None:
-    """Records latency in ms or throughput in images/s from (repeats, 2) seconds a call: compressed, baseline."""
-    values = seconds * 1e3 if kind == "latency" else batch / seconds
-    ratio, low, high = paired_ratio(values[:, 0], values[:, 1], bootstrap)
-    p95 = np.percentile(seconds * 1e3, 95, axis=0)
-    record(
-        kind,
-        batch,
-        float(np.median(values[:, 0])),
-        "ms" if kind == "latency" else "images/s",
-        ratio=ratio,
-        ratio_low=low,
-        ratio_high=high,
-        samples=tuple(values[:, 0].tolist()),
-        baseline_samples=tuple(values[:, 1].tolist()),
-        conditions={"repeats": len(seconds), "call_ms_p95": float(p95[0]), "baseline_call_ms_p95": float(p95[1])},
-    )
-
-
-def paired_ratio(own: NDArray[np.float64], baseline: NDArray[np.float64], resamples: int) -> tuple[float, float, float]:
-    """Returns the median of the paired ratios and its 95 % percentile bootstrap interval over pairs.
-
-    Args:
-        own, baseline: (n,) values of the same quantity, measured in turn.
-    """
-    ratios = own / baseline
-    drawn = np.random.default_rng(BOOTSTRAP_SEED).integers(len(ratios), size=(resamples, len(ratios)))
-    medians = np.median(ratios[drawn], axis=1)
-    low, high = np.percentile(medians, (2.5, 97.5))
-    return float(np.median(ratios)), float(low), float(high)
-
-
-def _interleaved(
-    model: nn.Module, baseline: nn.Module, images: Tensor, repeats: int, warmup: int
-) -> NDArray[np.float64]:
-    """Returns seconds a call: (repeats, 2), compressed and baseline in turn."""
-    pair = (model.eval(), baseline.eval())
-    seconds = np.empty((repeats, 2))
-
-    def synchronise() -> None:
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
-
-    with torch.inference_mode():
-        for _ in range(warmup):
-            for one in pair:
-                one(images)
-        for repeat in range(repeats):
-            for column, one in enumerate(pair):
-                synchronise()
-                start = time.perf_counter()
-                one(images)
-                synchronise()
-                seconds[repeat, column] = time.perf_counter() - start
-    return seconds
-
-
-def _images(info: TaskInfo, batch: int, device: torch.device) -> Tensor:
+def make_images(info: TaskInfo, device: torch.device, batch: int) -> Tensor:
     """Returns standard normal images (B, C, H, W) float32, as normalised data is."""
     generator = torch.Generator().manual_seed(INPUT_SEED)
     return torch.randn(batch, info.in_chans, info.image_size, info.image_size, generator=generator).to(device)
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def measure_speed(subject: Subject, strong: StrongBaseline) -> Measurement:
+    """Measures one kind of speed, the one that ``strong`` is a record of, with ``subject.settings['threads']`` threads.
 
-
-# --- conditions -------------------------------------------------------------------------------------------------------
-
-
-def _conditions(
-    model: nn.Module, baseline: nn.Module, settings: Mapping[str, Any], device: torch.device
-) -> dict[str, Any]:
-    conditions: dict[str, Any] = {
-        "device_name": device_name(device),
-        "dtype": _dtypes(model),
-        "baseline_dtype": _dtypes(baseline),
-        "fused_attention": _fused(model),
-        "baseline_fused_attention": _fused(baseline),
-        "threads": int(settings["threads"]),
-        "warmup": int(settings["warmup"]),
-        "torch": str(torch.__version__),
-    }
-    if device.type == "cuda":
-        conditions |= {"cuda": torch.version.cuda, "driver": _driver()}
-    return conditions
-
-
-def device_name(device: torch.device) -> str:
-    """Returns the product name of the GPU or CPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-
-
-@cache
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
-
-
-@cache
-def _driver() -> str | None:
-    try:
-        first = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
-    except (OSError, IndexError):
-        return None
-    return " ".join(first.split(":", 1)[-1].split())
-
-
-def _dtypes(model: nn.Module) -> str:
-    """Returns the dtypes of the state, most bytes first: ``float32``, ``int8+float32``."""
-    sizes: dict[str, int] = {}
-    for tensor in model.state_dict().values():
-        if isinstance(tensor, Tensor):
-            name = str(tensor.dtype).removeprefix("torch.")
-            sizes[name] = sizes.get(name, 0) + tensor.numel() * tensor.element_size()
-    return "+".join(sorted(sizes, key=lambda name: -sizes[name])) or "none"
-
-
-def _fused(model: nn.Module) -> bool | None:
-    """Returns whether every attention with timm's switch uses the fused kernel; None where there is no such switch."""
-    switches = [bool(m.fused_attn) for m in model.modules() if hasattr(m, "fused_attn")]
-    return all(switches) if switches else None
-
-
-# --- counts -----------------------------------------------------------------------------------------------------------
-
-
-def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Returns the multiply-accumulates of one call, attention included: half the FLOPs that PyTorch's counter sees.
-
-    Counts matrix products, convolutions and fused attention. Opaque kernels of packed weights are not seen: count on
-    the model before conversion, which computes the same products.
-
-    Args:
-        model: on any device, meta included.
-        input_shape: (B, C, H, W); B = 1 for the per-image count.
+    Returns:
+        a record whose ``ratio`` is compressed over strong baseline, ``value`` the median of the compressed model's samples.
     """
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    training = model.training
-    model.eval()
+    settings = subject.settings
+    with threads(int(settings["threads"])), torch.inference_mode():
+        arms, found = _arms(subject, strong)
+        latency = strong.kind == "latency"
+        seconds = timing.interleaved(
+            arms,
+            window_s=float(settings["window_s"]),
+            pairs=int(settings["latency_pairs" if latency else "throughput_pairs"]),
+            warmup=int(settings["warmup"]),
+            most=timing.LATENCY_PAIRS if latency else None,
+        )
+        conditions = _conditions(subject, strong) | found
+    sizes = np.array([len(arm.images) for arm in arms])
+    return _record(subject, strong, sizes, seconds, conditions)
+
+
+def _arms(subject: Subject, strong: StrongBaseline) -> tuple[list[Arm], dict[str, Any]]:
+    """Returns the arms, compressed and baseline, and how the compressed one is run."""
+    images: Callable[[int], Tensor] = partial(make_images, subject.task_info, subject.device)
+    baseline = as_way(subject.baseline, strong.way)
+    model = subject.model.eval()
+    if strong.kind == "latency":
+        arms = [Arm(model, images(1)), Arm(baseline, images(1))]
+        found: dict[str, Any] = {}
+    else:
+        growth = grow(model, subject.settings, images)
+        arms = [timing.blocked(model, images(growth.best)), timing.blocked(baseline, images(strong.batch))]
+        found = {
+            "largest_batch": growth.largest,
+            "growth_ended": growth.ended,
+            "growth_images_per_s": {str(size): round(value, 1) for size, value in growth.images_per_s.items()},
+        }
+    found["compiled"] = False
+    if subject.settings["compile"]:  # what the baseline may use, the artefact may
+        arms[0], found["compiled"] = _faster(arms[0])
+    return arms, found | {"calls_per_sample": [arm.calls for arm in arms]}
+
+
+def _faster(eager: Arm) -> tuple[Arm, bool | str]:
+    """Returns the arm eager or compiled, whichever is faster, and whether it is compiled (or why it cannot be)."""
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.zeros(input_shape, device=device))
-    finally:
-        model.train(training)
-    return int(counter.get_total_flops()) // 2
+        compiled = timing.blocked(compile_model(eager.call), eager.images)  # type: ignore[arg-type]
+    except Exception as error:  # noqa: BLE001 - the compiler meets kernels that it cannot take
+        return eager, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
+    found = np.median(timing.interleaved([eager, compiled], window_s=0.0, pairs=9, warmup=1), axis=0)
+    # Both as many calls a sample as before: a latency stays that of single calls.
+    return (Arm(compiled.call, eager.images, eager.calls), True) if found[1] < found[0] else (eager, False)
 
 
-def count_params(model: nn.Module) -> int:
-    """Returns the number of weights, shared ones once; buffers (statistics, projections) are not weights."""
-    return sum(math.prod(p.shape) for p in model.parameters())
+def _record(
+    subject: Subject,
+    strong: StrongBaseline,
+    sizes: NDArray[np.int64],
+    seconds: NDArray[np.float64],
+    conditions: Mapping[str, Any],
+) -> Measurement:
+    """Makes the record from (rounds, 2) seconds a call and the two batch sizes."""
+    values = seconds * 1e3 if strong.kind == "latency" else sizes / seconds
+    ratio, low, high = timing.paired_ratio(values[:, 0], values[:, 1], int(subject.settings["bootstrap"]))
+    p95 = np.percentile(seconds * 1e3, 95, axis=0)
+    more = {
+        "repeats": len(seconds),
+        "baseline_batch": int(sizes[1]),
+        "call_ms_p95": float(p95[0]),
+        "baseline_call_ms_p95": float(p95[1]),
+    }
+    return Measurement(
+        kind=strong.kind,
+        artefact=subject.artefact_key,
+        device=subject.device.type,
+        batch=int(sizes[0]),
+        resolution=subject.task_info.image_size,
+        protocol=str(subject.settings["protocol"]),
+        value=float(np.median(values[:, 0])),
+        unit=UNITS[strong.kind],
+        ratio=ratio,
+        ratio_low=low,
+        ratio_high=high,
+        samples=tuple(values[:, 0].tolist()),
+        baseline_samples=tuple(values[:, 1].tolist()),
+        conditions={**conditions, **more},
+    )
+
+
+def _conditions(subject: Subject, strong: StrongBaseline) -> dict[str, Any]:
+    way = strong.way.removesuffix(COMPILE)
+    return device_conditions(subject.device) | {
+        "dtype": dtypes(subject.model),
+        "baseline_dtype": {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[way],
+        "fused_attention": fused(subject.model),
+        "baseline_fused_attention": fused(subject.baseline),
+        "threads": int(subject.settings["threads"]),
+        "warmup": int(subject.settings["warmup"]),
+        "window_s": float(subject.settings["window_s"]),
+        "way": strong.way,
+        "noise_sigma": strong.noise_sigma,
+        "noise_dof": strong.noise_dof,
+    }
+
+
+def half_width(found: Measurement, strong: StrongBaseline) -> float:
+    """Returns the half width, as a log ratio, of the 95 % interval of a speed: of bootstrap and A/A noise the larger."""
+    if found.ratio is None or found.ratio_low is None or found.ratio_high is None:
+        raise ValueError(f"{found.kind} was measured without its baseline")
+    bootstrap = max(math.log(found.ratio_high / found.ratio), math.log(found.ratio / found.ratio_low))
+    return max(bootstrap, strong.half_width())

@@ -45,8 +45,14 @@ OBJECTIVES: Mapping[str, str] = {
 SPEED_OBJECTIVES = frozenset({"latency_ms_p50", "throughput_images_per_s"})
 """Objectives that are timed, hence comparable only within one device kind."""
 
-_LOCATIONS = frozenset({"path", "root", "checkpoint", "cache"})
-"""Keys that say where a thing lies. They never enter a digest: the content's own digest does."""
+INTERVALS = ("top1_pct", "latency_ms_p50", "throughput_images_per_s", "peak_memory_bytes")
+"""Objectives that are measured, hence have a 95 % interval: the metrics ``<name>_low`` and ``<name>_high``, in the same
+unit. The others are exact. Accuracy has a Wilson interval over the search split's images; a speed has the larger of its
+bootstrap interval and the device's noise (an A/A measurement in fresh processes); the uncompressed baseline's speed is the
+unit that the others are measured in and has none."""
+
+_LOCATIONS = frozenset({"path", "root", "checkpoint", "cache", "checkpoint_s"})
+"""Keys that say where a thing lies, or how often a training is saved. They never enter a digest: content does."""
 
 
 def canonical_json(value: object) -> str:
@@ -213,12 +219,14 @@ class Measurement:
     """One measured quantity of one artefact with its conditions and raw samples.
 
     Attributes:
-        kind: ``latency``, ``throughput``, ``peak_memory``, ``accuracy_search``, ``accuracy_report``.
+        kind: ``latency``, ``throughput``, ``peak_memory``, ``accuracy_search``, ``accuracy_report``, and ``aa_latency``,
+            ``aa_throughput`` for the uncompressed baseline timed against itself.
         artefact: stage key of the artefact that was measured.
         device: device kind; ``device_name`` in ``conditions`` has the product name.
         batch: images per call; resolution: side length in pixels; protocol: name of the protocol.
         value: in ``unit``: ms (median), images/s, bytes, percent.
-        ratio: compressed over interleaved baseline, same quantity, with its bootstrap interval; None where not paired.
+        ratio: compressed over the best uncompressed way to run the model, interleaved, same quantity, with its bootstrap
+            interval; None where not paired.
         samples: raw values of the artefact, ``baseline_samples`` those of the interleaved baseline.
         conditions: dtype, threads, kernels, device name, driver, repetitions, whatever else the number depends on.
     """
@@ -237,6 +245,12 @@ class Measurement:
     samples: tuple[float, ...] = ()
     baseline_samples: tuple[float, ...] = ()
     conditions: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Reads what ``dataclasses.asdict`` and JSON made of a record."""
+        lists = {name: tuple(values[name]) for name in ("samples", "baseline_samples")}
+        return cls(**{**values, **lists})
 
 
 @dataclass(frozen=True)
@@ -284,8 +298,5 @@ class TrialResult:
         """Reads what :meth:`to_dict` wrote."""
         fields = dict(values)
         fields["stages"] = tuple(StageRun(**s) for s in values["stages"])
-        fields["measurements"] = tuple(
-            Measurement(**{**m, "samples": tuple(m["samples"]), "baseline_samples": tuple(m["baseline_samples"])})
-            for m in values["measurements"]
-        )
+        fields["measurements"] = tuple(map(Measurement.from_dict, values["measurements"]))
         return cls(**fields)

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-import platform
-import re
 import socket
-import subprocess
 import time
 import traceback
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from workers import artefact, evaluation, measurement, stages
+from workers import artefact, counting, evaluation, stages
 from workers.deadline import Deadline, DeadlineExceeded, guard
 from workers.lane import Lane
-from workers.protocol import SPEED_OBJECTIVES, Measurement, StageRun, TrialResult, TrialSpec
-from workers.storage import Storage, open_storage
+from workers.peak_memory import NotTellable
+from workers.protocol import Measurement, StageRun, TrialResult, TrialSpec
+from workers.provenance import provenance
+from workers.quantities import PEAK, SPEEDS, Quantities
+from workers.storage import open_storage
 from workers.training import TrainingDiverged
 
 Attempt = Callable[[TrialSpec], TrialResult]
@@ -67,7 +64,7 @@ def run_trial(spec: TrialSpec) -> TrialResult:
         stages=tuple(outcome.stages),
         measurements=tuple(outcome.measurements),
         artefact=outcome.artefact if status == "ok" else None,
-        provenance=provenance(spec),
+        provenance=provenance(spec, attempt),
         seconds=seconds,
     )
 
@@ -76,7 +73,7 @@ def classify(error: BaseException) -> str:
     """Returns the failure class of an exception raised inside a trial."""
     if isinstance(error, DeadlineExceeded):
         return "timeout"
-    if isinstance(error, stages.Infeasible | TrainingDiverged | evaluation.NotFiniteOutput | measurement.NotTellable):
+    if isinstance(error, stages.Infeasible | TrainingDiverged | evaluation.NotFiniteOutput | NotTellable):
         return "infeasible"
     if isinstance(error, torch.OutOfMemoryError):
         return "cuda_oom"
@@ -142,20 +139,22 @@ def _stages_and_numbers(spec: TrialSpec, bench: stages.Workbench, outcome: _Outc
     twin = plan[-2] if last.kind == "conversion" else last
     model = bench.load(last.key)
     outcome.conditions |= _conditions(bench, last.key)
-    outcome.conditions["parity_max_abs"] = bench.parity(last, model)
+    outcome.conditions |= bench.check_parity(last, model).for_row()
     shape = (1, bench.task.info.in_chans, bench.task.info.image_size, bench.task.info.image_size)
     counted = model if twin is last else bench.load(twin.key)
     outcome.metrics["size_bytes"] = float(artefact.size_bytes(bench.folder(last.key)))
-    outcome.metrics["params"] = float(measurement.count_params(counted))
-    outcome.metrics["macs"] = float(measurement.count_macs(counted, shape))
+    outcome.metrics["params"] = float(counting.count_params(counted))
+    outcome.metrics["macs"] = float(counting.count_macs(counted, shape))
     _evaluate(bench, spec, model, last.key, outcome)
     simulated = any(t.simulated(c) for t, c in stages.resolve(spec.recipe.steps))
-    _measure(bench, spec, counted if simulated else model, last.key, outcome)
+    timed, of = (counted, twin) if simulated else (model, last)
+    # A simulated quantiser of the uncompressed model runs at that model's own speed, by definition.
+    _measure(bench, spec, timed, last.key, of.key == bench.baseline_key, outcome)
     outcome.conditions["simulated"] = simulated
     _check_finite(outcome.metrics)
     missing = sorted(set(spec.objectives) - outcome.metrics.keys())
     if missing:
-        raise measurement.NotTellable(f"no value for {', '.join(missing)} on {bench.device.type}")
+        raise NotTellable(f"no value for {', '.join(missing)} on {bench.device.type}")
     outcome.artefact = stages.prefix(last.key)
 
 
@@ -163,6 +162,8 @@ def _evaluate(bench: stages.Workbench, spec: TrialSpec, model: nn.Module, key: s
     with bench.lane.shared(), bench.timed("evaluate"):
         found = evaluation.evaluate(model, bench.task.search, device=bench.device, tick=bench.tick)
     outcome.metrics["top1_pct"] = found.top1_pct
+    outcome.metrics["top1_pct_low"] = found.wilson_low_pct
+    outcome.metrics["top1_pct_high"] = found.wilson_high_pct
     outcome.measurements.append(accuracy_measurement("accuracy_search", bench, key, found))
 
 
@@ -182,60 +183,23 @@ def accuracy_measurement(kind: str, bench: stages.Workbench, key: str, found: ev
             "images": found.total,
             "wilson_low_pct": found.wilson_low_pct,
             "wilson_high_pct": found.wilson_high_pct,
+            "logits_digest": found.logits_digest,
+            "correct_bits": found.correct_bits,
         },
     )
 
 
-def _measure(bench: stages.Workbench, spec: TrialSpec, model: nn.Module, key: str, outcome: _Outcome) -> None:
-    """Times the artefact against the interleaved baseline, alone on the device."""
-    quantities = {
-        name
-        for name, objective in (
-            ("latency", "latency_ms_p50"),
-            ("throughput", "throughput_images_per_s"),
-            ("peak_memory", "peak_memory_bytes"),
-        )
-        if objective in spec.objectives
-    }
-    if not quantities:
+def _measure(
+    bench: stages.Workbench, spec: TrialSpec, model: nn.Module, key: str, is_baseline: bool, outcome: _Outcome
+) -> None:
+    """Measures speed and memory against the strong baseline, alone on the device."""
+    if not {*SPEEDS.values(), PEAK} & set(spec.objectives):
         return
-    baseline = bench.load(bench.baseline_key)
     with bench.lane.exclusive(), bench.timed("measure"):
-        found = measurement.measure(
-            model,
-            baseline,
-            bench.context.measurement,
-            task_info=bench.task.info,
-            device=bench.device,
-            artefact_key=key,
-            quantities=quantities,
-            artefact_path=bench.folder(key),
-        )
-    outcome.measurements.extend(found)
-    values = {m.kind: m for m in found}
-    if "peak_memory" in values:
-        outcome.metrics["peak_memory_bytes"] = values["peak_memory"].value
-    for kind, objective in (("latency", "latency_ms_p50"), ("throughput", "throughput_images_per_s")):
-        if kind not in values or objective not in SPEED_OBJECTIVES:
-            continue
-        measured = values[kind]
-        if measured.ratio is None:
-            raise ValueError(f"{kind} was measured without its baseline")
-        own = sorted(measured.baseline_samples)[len(measured.baseline_samples) // 2]
-        outcome.metrics[objective] = measured.ratio * baseline_value(bench.storage, spec, measured, own)
-        outcome.metrics[f"{objective}_ratio"] = measured.ratio
-
-
-def baseline_value(storage: Storage, spec: TrialSpec, measured: Measurement, own: float) -> float:
-    """Returns the study's one baseline value of a speed for this device kind, recording ``own`` if it is the first.
-
-    Absolute times drift within a process, ratios to the interleaved baseline do not; a trial's objective is its ratio times
-    this value, so that all rows of one device kind share one scale.
-    """
-    kind = re.sub(r"[^A-Za-z0-9]+", "-", str(measured.conditions.get("device_name", measured.device)))
-    name = f"{spec.study}/baselines/{spec.context.digest}-{kind}-{measured.kind}.json"
-    storage.put_if_absent(name, json.dumps({"value": own, "unit": measured.unit}).encode())
-    return float(json.loads(storage.read(name))["value"])
+        found = Quantities(bench, spec, model, key, is_baseline).measure()
+    outcome.metrics |= found.metrics
+    outcome.measurements.extend(found.measurements)
+    outcome.conditions |= found.conditions
 
 
 def _check_finite(metrics: dict[str, float]) -> None:
@@ -271,34 +235,19 @@ def run_report(spec: TrialSpec) -> Measurement:
     return accuracy_measurement("accuracy_report", bench, last.key, found)
 
 
-@cache
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("vitpareto", "torch", "timm", "torchao", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+def run_remeasure(spec: TrialSpec) -> tuple[Measurement, ...]:
+    """Measures the speeds of a finished trial's artefact once more, alone on the device.
 
-
-@cache
-def _git_commit() -> str | None:
-    folder = Path(__file__).parent
-    if not (folder.parent / ".git").exists():
-        return None
-    done = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
-
-
-def provenance(spec: TrialSpec) -> dict[str, Any]:
-    """Returns where a row comes from: versions, commit, machine, digests."""
-    return {
-        "versions": _versions(),
-        "git_commit": _git_commit(),
-        "host": socket.gethostname(),
-        "platform": platform.platform(),
-        "data_digest": spec.context.data.get("digest"),
-        "context": spec.context.digest,
-        "seed": spec.seed,
-    }
+    Raises:
+        ArtefactError: the trial has no artefact in the storage.
+    """
+    bench = workbench(replace(spec, timeout_s=None), Deadline(None), {})
+    plan = stages.compile_recipe(spec.recipe, spec.seed, spec.context)
+    simulated = any(t.simulated(c) for t, c in stages.resolve(spec.recipe.steps))
+    timed = plan[-2] if simulated and plan[-1].kind == "conversion" else plan[-1]
+    if timed.key == bench.baseline_key:
+        return ()
+    model = bench.load(timed.key)
+    with bench.lane.exclusive():
+        quantities = Quantities(bench, spec, model, plan[-1].key, is_baseline=False)
+        return tuple(quantities.speed(kind) for kind, objective in SPEEDS.items() if objective in spec.objectives)

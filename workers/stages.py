@@ -21,7 +21,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from workers import artefact, evaluation, models, tasks, training
+from workers import artefact, evaluation, models, parity, tasks, training
 from workers.deadline import Deadline
 from workers.lane import Lane
 from workers.lease import acquire
@@ -30,17 +30,15 @@ from workers.storage import Storage
 from workers.tasks.image_classification import Task
 from workers.techniques import registry, versions
 from workers.techniques.record import Applied, Surroundings, Technique, make_config
+from workers.training_checkpoint import Checkpoints
+from workers.training_settings import TrainingSettings
 
-PROBE_IMAGES = 4
-"""Images whose logits are stored beside an artefact, so that every later load is checked against them."""
+PROBE = "probe.safetensors"
+"""Beside an artefact: logits of a few images, which every later load is checked against."""
 
 
 class Infeasible(Exception):
     """The recipe cannot be built on this model and device; the message says why."""
-
-
-class ArtefactMismatch(Exception):
-    """A reloaded artefact does not compute what was saved."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def compile_recipe(recipe: Recipe, seed: int, context: Context) -> tuple[Stage, 
     if surgery:
         add("surgery", surgery)
         if any(t.trains(c) for t, c in resolve(surgery)):
-            add("recovery", surgery, context.training["recovery"], stages[0].key)
+            add("recovery", surgery, without_locations(context.training["recovery"]), stages[0].key)
     if by_kind["conversion"]:
         add("conversion", by_kind["conversion"])
     return tuple(stages)
@@ -116,8 +114,9 @@ class Workbench:
 
     @property
     def task(self) -> Task:
-        """The data, loaded once a process."""
-        return _load_task(canonical_json(dict(self.context.data)))
+        """The data, loaded once a process. Decoding, or waiting for who decodes, is work for the node, not the trial's."""
+        with self.deadline.paused():
+            return _load_task(canonical_json(dict(self.context.data)))
 
     def tick(self) -> None:
         """Between chunks of work: honours the deadline and lets a waiting measurement go first."""
@@ -170,6 +169,10 @@ class Workbench:
         generator = torch.Generator().manual_seed(self.seed)
         return Surroundings(self.device, self.seed, generator, batches, lambda: self.load(self.baseline_key), self.tick)
 
+    def checkpoints(self, stage: Stage) -> Checkpoints:
+        """The states of a stage's training, which whoever runs the stage again goes on from."""
+        return Checkpoints(self.storage, f"{prefix(stage.key)}/training", stage.key)
+
     @property
     def baseline_key(self) -> str:
         """Stage key of the uncompressed baseline, which is also the teacher."""
@@ -177,37 +180,43 @@ class Workbench:
 
     # --- the artefact and the check of what it computes ---------------------------------------------------------------
 
-    def _probe(self, model: nn.Module) -> Tensor:
-        _, images, _ = next(self.task.search.batches(PROBE_IMAGES, device=self.device))
-        with torch.inference_mode():
+    def _logits(self, model: nn.Module, count: int) -> Tensor:
+        """Returns the logits of the first ``count`` search images in one call: (B, classes) float32 on the CPU."""
+        _, images, _ = next(self.task.search.batches(count, device=self.device))
+        with torch.inference_mode(), self.lane.shared():
             logits: Tensor = model.eval()(images)
             return logits.float().cpu()
 
     def save(self, stage: Stage, model: nn.Module, description: Mapping[str, Any], steps: list[dict[str, Any]]) -> None:
         """Writes the artefact and, before it, the logits that every load of it is checked against."""
         model.eval()
-        self.storage.put_atomic(f"{prefix(stage.key)}/probe.safetensors", save_tensors({"logits": self._probe(model)}))
+        counts = sorted({min(count, len(self.task.search)) for count in parity.BATCHES})
+        kept = parity.probe([self._logits(model, count) for count in counts], self.device)
+        self.storage.put_atomic(f"{prefix(stage.key)}/{PROBE}", kept)
         files = artefact.pack(
             model, model_description=description, steps=steps, extra={"preprocessing": self.task.preprocessing()}
         )
         artefact.save_to(self.storage, prefix(stage.key), files)
 
-    def parity(self, stage: Stage, model: nn.Module) -> float:
-        """Returns the largest difference between a reloaded model's logits and the saved ones.
+    def check_parity(self, stage: Stage, model: nn.Module) -> parity.Parity:
+        """Compares a reloaded model with the one that was packed.
 
         Raises:
-            ArtefactMismatch: it exceeds 2 % of the largest logit (bf16 on another thread count moves the last bits).
+            ArtefactMismatch: it computes something else.
+            NotFiniteOutput: a logit is NaN or infinite.
         """
-        saved = load_tensors(self.storage.read(f"{prefix(stage.key)}/probe.safetensors"))["logits"]
-        found = self._probe(model)
-        if not torch.isfinite(found).all():
-            raise evaluation.NotFiniteOutput("the model's logits hold NaN or infinity")
-        difference = float((found - saved).abs().max())
-        if difference > 0.02 * max(float(saved.abs().max()), 1e-6):
-            raise ArtefactMismatch(
-                f"artefact {stage.key}: reloaded logits differ by {difference:.3g} from the saved ones"
-            )
-        return difference
+
+        def finite(count: int) -> Tensor:
+            logits = self._logits(model, count)
+            if not torch.isfinite(logits).all():
+                raise evaluation.NotFiniteOutput("the model's logits hold NaN or infinity")
+            return logits
+
+        kept = self.storage.read(f"{prefix(stage.key)}/{PROBE}")
+        try:
+            return parity.compare(kept, model, finite, self.device)
+        except parity.ArtefactMismatch as error:
+            raise parity.ArtefactMismatch(f"artefact {stage.key}: {error}") from None
 
 
 # --- what each kind of stage does -------------------------------------------------------------------------------------
@@ -219,12 +228,21 @@ def _run_baseline(bench: Workbench, stage: Stage) -> None:
     settings = context.training["baseline"]
     torch.manual_seed(settings.get("seed", 0))
     model = models.build(context.model, info).to(bench.device)
+    checkpoints = bench.checkpoints(stage)
     if context.model.get("train"):
         with bench.timed("train"), bench.lane.shared():
             training.train(
-                model, bench.task.train, settings, seed=settings.get("seed", 0), device=bench.device, tick=bench.tick
+                model,
+                bench.task.train,
+                settings,
+                seed=settings.get("seed", 0),
+                device=bench.device,
+                validation=bench.task.search,
+                checkpoints=checkpoints,
+                tick=bench.tick,
             )
     bench.save(stage, model, models.describe(context.model, info), [])
+    checkpoints.clear()
 
 
 def _run_surgery(bench: Workbench, stage: Stage) -> None:
@@ -237,16 +255,21 @@ def _run_surgery(bench: Workbench, stage: Stage) -> None:
 def _run_recovery(bench: Workbench, stage: Stage) -> None:
     model, manifest = _parent(bench, stage)
     steps = resolve(stage.steps)
-    teacher = _teacher_logits(bench) if any(t.needs_teacher(c) for t, c in steps) else None
+    settings = bench.context.training["recovery"]
+    logits, teacher = _teacher(bench, steps, settings)
+    checkpoints = bench.checkpoints(stage)
     with bench.timed("train"), bench.lane.shared():
         training.train(
             model,
             bench.task.train,
-            bench.context.training["recovery"],
+            settings,
             seed=bench.seed,
             device=bench.device,
             steps=steps,
-            teacher_logits=teacher,
+            teacher_logits=logits,
+            teacher=teacher,
+            validation=bench.task.search,
+            checkpoints=checkpoints,
             tick=bench.tick,
         )
     records = [dict(r) for r in manifest["steps"]]
@@ -254,6 +277,7 @@ def _run_recovery(bench: Workbench, stage: Stage) -> None:
         if technique.finalise is not None:
             record["resolved"] = {**record["resolved"], **technique.finalise(model, config)}
     bench.save(stage, model, manifest["model"], records)
+    checkpoints.clear()
 
 
 def _run_conversion(bench: Workbench, stage: Stage) -> None:
@@ -284,6 +308,21 @@ def _apply(bench: Workbench, model: nn.Module, stage: Stage) -> tuple[nn.Module,
         model = applied.model
         records.append({"technique": technique.name, "version": technique.version, "resolved": applied.resolved})
     return model, records
+
+
+def _teacher(
+    bench: Workbench, steps: list[tuple[Technique, Any]], settings: Mapping[str, Any]
+) -> tuple[Tensor | None, nn.Module | None]:
+    """Returns the teacher's logits, or the teacher itself where it must see what the student sees (DeiT's way).
+
+    Logits are calculated once for the images as they are; images that are changed, or looking inside the teacher, need it in
+    the training.
+    """
+    wanted = any(t.needs_teacher(c) for t, c in steps)
+    inside = any(t.needs_teacher_model(c) for t, c in steps)
+    if inside or (wanted and TrainingSettings.read(settings).changes_images):
+        return None, bench.load(bench.baseline_key)
+    return (_teacher_logits(bench), None) if wanted else (None, None)
 
 
 def _teacher_logits(bench: Workbench) -> Tensor:

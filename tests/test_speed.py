@@ -1,0 +1,282 @@
+"""Speed against the strong baseline: ways, A/A noise, intervals, and the rows that come of it, on real models."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from orchestrator.config import load_study
+from tests.studies import tiny_study
+from tests.test_timing import Sleeper
+from workers import strong_baseline
+from workers.conditions import dtypes, fused
+from workers.measurement import Subject, half_width, make_images, measure_speed
+from workers.protocol import Measurement, Recipe, Step, TrialResult, TrialSpec, trial_id
+from workers.protocols import PROTOCOLS
+from workers.run import run_remeasure, run_trial
+from workers.strong_baseline import StrongBaseline, noise_of, with_noise
+from workers.tasks import TaskInfo
+from workers.techniques import registry, versions
+from workers.techniques.record import defaults
+from workers.ways import as_way, way_names
+
+INFO = TaskInfo(10, 1, 8, tuple("0123456789"))
+CPU = torch.device("cpu")
+SHORT: dict[str, Any] = {
+    **PROTOCOLS["quick"],
+    "window_s": 0.0,
+    "latency_pairs": 9,
+    "throughput_pairs": 5,
+    "warmup": 1,
+    "batch_start": 4,
+    "batch_step": 4,
+    "batch_max": 8,
+    "noise_runs": 2,
+}
+del SHORT["remeasure"]  # of a study, not of a trial
+SETTINGS = {**SHORT, "protocol": "quick", "threads": 1, "bootstrap": 500, "compile": False}
+
+
+def record(kind: str, **changes: Any) -> StrongBaseline:
+    values: dict[str, Any] = {
+        "kind": kind,
+        "way": "fp32",
+        "value": 10.0,
+        "batch": 1 if kind == "latency" else 8,
+        "largest_batch": 8,
+        "ways": {"fp32": 10.0},
+        "device_name": "test",
+        "seconds": 1.0,
+    }
+    return StrongBaseline(**{**values, **changes})
+
+
+def subject(model: nn.Module, baseline: nn.Module, **settings: Any) -> Subject:
+    return Subject(model, baseline, "key", {**SETTINGS, **settings}, INFO, CPU)
+
+
+# --- one measurement --------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_sleeps_twice_as_long_has_twice_the_latency() -> None:
+    found = measure_speed(subject(Sleeper(0.04), Sleeper(0.02)), record("latency"))
+    assert found.ratio == pytest.approx(2, rel=0.25)
+    assert found.value >= 39
+    assert (found.kind, found.unit, found.batch, found.conditions["baseline_batch"]) == ("latency", "ms", 1, 1)
+    assert len(found.samples) == len(found.baseline_samples) == found.conditions["repeats"] == 9
+    assert found.conditions["call_ms_p95"] >= found.value
+
+
+def test_throughput_compares_each_model_at_its_own_best_batch() -> None:
+    # A fixed cost a call: the compressed model's best batch is the largest, the baseline runs at the stored one.
+    model, baseline = Sleeper(0.02), Sleeper(0.02)
+    found = measure_speed(subject(model, baseline), record("throughput", batch=4))
+    assert (found.batch, found.conditions["baseline_batch"], found.conditions["largest_batch"]) == (8, 4, 8)
+    assert found.ratio == pytest.approx(2, rel=0.25)
+    assert found.value == pytest.approx(8 / 0.02, rel=0.25)
+    assert {len_ for _, len_ in baseline.calls} == {4}
+
+
+def test_conditions_say_what_was_measured() -> None:
+    torch.set_num_threads(2)
+    found = measure_speed(subject(Sleeper(0.001), Sleeper(0.001)), record("latency", noise_sigma=0.01, noise_dof=4))
+    assert torch.get_num_threads() == 2
+    wanted = {"threads": 1, "way": "fp32", "noise_sigma": 0.01, "noise_dof": 4, "compiled": False, "warmup": 1}
+    assert found.conditions.items() >= wanted.items()
+    assert found.conditions["device_name"]
+    assert "clock_mhz" in found.conditions
+    json.dumps(found.conditions)
+
+
+def test_dtypes_and_fused_attention_are_told() -> None:
+    vit = timm.create_model("test_vit", pretrained=False)
+    assert fused(vit) is True
+    vit.blocks[0].attn.fused_attn = False
+    assert fused(vit) is False
+    assert fused(nn.Linear(2, 2)) is None
+    assert dtypes(nn.Sequential(nn.Linear(64, 64).bfloat16(), nn.Linear(2, 2))) == "bfloat16+float32"
+
+
+# --- ways -------------------------------------------------------------------------------------------------------------
+
+
+def small_vit() -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = timm.create_model("test_vit", pretrained=False, img_size=32, num_classes=10, in_chans=1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+def test_every_way_gives_the_models_logits_and_leaves_it_as_it_was(name: str) -> None:
+    model = small_vit()
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # as an environment variable of timm can make it
+    images = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    run = as_way(model, name)
+    with torch.inference_mode():
+        logits, expected = run(images), model(images)
+    assert logits.dtype == torch.float32
+    assert torch.allclose(logits, expected, atol=0.02 * float(expected.abs().max()))
+    assert fused(run) is True
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.slow  # the compiler takes half a minute
+def test_a_compiled_way_gives_the_models_logits() -> None:
+    model = small_vit()
+    images = torch.randn(2, 1, 32, 32)
+    with torch.inference_mode():
+        assert torch.allclose(as_way(model, "fp32+compile")(images), model(images), atol=1e-4)
+
+
+def test_unknown_ways_are_refused_and_compiling_is_asked_for() -> None:
+    with pytest.raises(ValueError, match="must be one of fp32, bf16, fp16"):
+        as_way(nn.Linear(2, 2), "int8")
+    assert way_names(compiled=False) == ["fp32", "bf16", "fp16"]
+    assert way_names(compiled=True)[3:] == ["fp32+compile", "bf16+compile", "fp16+compile"]
+
+
+class FasterInHalf(nn.Module):
+    """Sleeps a third as long once its weights are bfloat16; cannot run in fp16 at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.weight.dtype == torch.float16:
+            raise RuntimeError("no fp16 here")
+        return Sleeper(0.01 if self.weight.dtype == torch.bfloat16 else 0.03)(images)
+
+
+@pytest.mark.parametrize("kind", ["latency", "throughput"])
+def test_the_fastest_way_is_found_and_the_others_are_told(kind: str) -> None:
+    found = strong_baseline.find(kind, FasterInHalf(), SETTINGS, lambda batch: make_images(INFO, CPU, batch), "test")
+    assert found.way == "bf16"
+    assert found.value == found.ways["bf16"]
+    assert found.value == pytest.approx(10 if kind == "latency" else 800, rel=0.3)
+    assert "no fp16 here" in str(found.ways["fp16"])
+    assert found.batch == (1 if kind == "latency" else 8)
+    assert StrongBaseline.from_json(found.to_json()) == found
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+def test_noise_is_the_root_mean_square_of_log_ratios_and_widens_by_students_t() -> None:
+    sigma, dof = noise_of([math.exp(0.03), math.exp(-0.03), math.exp(0.03), math.exp(-0.03)])
+    assert (sigma, dof) == (pytest.approx(0.03), 4)
+    noisy = record("latency", noise_sigma=0.03, noise_dof=4)
+    assert noisy.half_width() == pytest.approx(2.7764 * 0.03, rel=1e-4)  # t, 4 degrees of freedom, 97.5 %
+    assert record("latency").half_width() == 0
+
+
+def test_the_larger_of_bootstrap_and_noise_is_the_interval() -> None:
+    measured = Measurement("latency", "key", "cpu", 1, 8, "quick", 2.0, "ms", 2.0, 1.9, 2.1)
+    assert half_width(measured, record("latency")) == pytest.approx(math.log(2 / 1.9))
+    wide = record("latency", noise_sigma=0.1, noise_dof=4)
+    assert half_width(measured, wide) == wide.half_width()
+
+
+def test_noise_takes_the_runs_of_its_own_kind() -> None:
+    runs = [
+        Measurement(kind, "key", "cpu", 1, 8, "quick", 1.0, "ms", ratio, ratio, ratio)
+        for kind, ratio in (("aa_latency", math.e), ("aa_throughput", 1.0), ("aa_latency", 1 / math.e))
+    ]
+    assert with_noise(record("latency"), runs).noise_sigma == pytest.approx(1)
+    assert with_noise(record("throughput"), runs).noise_ratios == (1.0,)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("speed")
+
+
+def spec(root: Path, steps: dict[str, dict[str, Any]]) -> TrialSpec:
+    context = load_study(tiny_study(measurement={**SHORT, "threads": 1})).context()
+    recipe = Recipe(tuple(Step(n, {**defaults(registry()[n].Config), **c}) for n, c in steps.items()))
+    return TrialSpec(
+        study="speed",
+        trial_id=trial_id(recipe, 0, context, versions()),
+        recipe=recipe,
+        seed=0,
+        context=context,
+        storage=str(root),
+        objectives=("top1_pct", "size_bytes", "latency_ms_p50", "throughput_images_per_s"),
+    )
+
+
+@pytest.fixture(scope="module")
+def baseline_row(root: Path) -> TrialResult:
+    result = run_trial(spec(root, {}))
+    assert result.status == "ok", result.failure
+    return result
+
+
+def test_the_baseline_is_the_unit_and_brings_its_noise(baseline_row: TrialResult) -> None:
+    metrics, strong = baseline_row.metrics, baseline_row.conditions["strong_baseline"]
+    for kind, objective in (("latency", "latency_ms_p50"), ("throughput", "throughput_images_per_s")):
+        assert metrics[objective] == strong[kind]["value"]
+        assert strong[kind]["value"] == strong[kind]["ways"][strong[kind]["way"]]
+        assert metrics[f"{objective}_ratio"] == 1
+        assert f"{objective}_low" not in metrics
+        noise = [m for m in baseline_row.measurements if m.kind == f"aa_{kind}"]
+        assert len(noise) == strong["noise"][kind]["dof"] == 2
+        assert [m.ratio for m in noise] == strong["noise"][kind]["ratios"]
+        assert all(m.samples for m in noise)
+
+
+def test_a_row_is_a_ratio_to_the_stored_baseline_with_an_interval(root: Path, baseline_row: TrialResult) -> None:
+    result = run_trial(spec(root, {"tome": {"r": 1}}))
+    assert result.status == "ok", result.failure
+    assert not [m for m in result.measurements if m.kind.startswith("aa_")]  # found once a study and device
+    for kind, objective in (("latency", "latency_ms_p50"), ("throughput", "throughput_images_per_s")):
+        value, unit = result.metrics[objective], baseline_row.metrics[objective]
+        measured = next(m for m in result.measurements if m.kind == kind)
+        assert value == pytest.approx(measured.ratio * unit)
+        low, high = result.metrics[f"{objective}_low"], result.metrics[f"{objective}_high"]
+        assert low < value < high
+        assert math.sqrt(low * high) == pytest.approx(value)
+        assert high / value >= measured.ratio_high / measured.ratio * (1 - 1e-9)
+    assert result.metrics["latency_ms_p95"] >= result.metrics["latency_ms_p50"]
+
+
+def test_a_remeasurement_adds_records_of_the_same_artefact(root: Path, baseline_row: TrialResult) -> None:
+    assert baseline_row.status == "ok"
+    asked = spec(root, {"dynamic_int8": {}})
+    first = run_trial(asked)
+    again = run_remeasure(asked)
+    assert [m.kind for m in again] == ["latency", "throughput"]
+    assert {m.artefact for m in again} == {m.artefact for m in first.measurements}
+    assert all(m.ratio is not None and m.samples for m in again)
+    assert run_remeasure(spec(root, {})) == ()  # the unit is not measured against itself
+
+
+def test_a_simulated_quantiser_alone_runs_at_the_baselines_own_speed(
+    root: Path, baseline_row: TrialResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from workers import stages
+
+    known = registry()
+    # Every width of this quantiser has a kernel here; one without is what the later methods are.
+    simulated = {**known, "weight_only": replace(known["weight_only"], simulated=lambda config: True)}
+    monkeypatch.setattr(stages, "registry", lambda: simulated)
+    alone = run_trial(spec(root, {"weight_only": {"bits": 8}}))
+    assert alone.status == "ok", alone.failure
+    assert alone.conditions["simulated"] is True
+    assert alone.metrics["latency_ms_p50"] == baseline_row.metrics["latency_ms_p50"]
+    assert alone.metrics["throughput_images_per_s_ratio"] == 1
+    assert alone.metrics["size_bytes"] < baseline_row.metrics["size_bytes"]
