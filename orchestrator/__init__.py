@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orchestrator.config import load_study
-    from orchestrator.driver import StudyRun, run_study
+    from orchestrator.driver import StudyRun, remeasure_study, run_study
     from orchestrator.ledger import Ledger
     from orchestrator.query import pareto, sql
     from orchestrator.studies import open_ledger
 
-__all__ = ["Ledger", "StudyRun", "load_study", "open_ledger", "pareto", "run_study", "sql"]
+__all__ = ["Ledger", "StudyRun", "load_study", "open_ledger", "pareto", "remeasure_study", "run_study", "sql"]
 
 _MODULES = {
     "Ledger": "ledger",
@@ -23,6 +23,7 @@ _MODULES = {
     "load_study": "config",
     "open_ledger": "studies",
     "pareto": "query",
+    "remeasure_study": "driver",
     "run_study": "driver",
     "sql": "query",
 }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator import cli_jobs
+from orchestrator import cli_compare, cli_export, cli_jobs, cli_pareto, cli_remeasure, cli_report, cli_reproduce
 from orchestrator.cli_io import (
     STORAGE,
     BudgetOption,
@@ -34,8 +34,6 @@ from orchestrator.cli_io import (
 )
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from orchestrator.driver import StudyRun
     from orchestrator.ledger import Ledger
     from orchestrator.study_schema import StudyConfig
@@ -147,7 +145,7 @@ def _print_run(done: StudyRun, storage: str) -> None:
     from orchestrator.status import format_failures
     from orchestrator.units import format_seconds
 
-    _frontier(done.name, storage, None, None, False, Format.table)
+    cli_pareto.frontier(done.name, storage)
     volume = "" if done.hypervolume is None else f", hypervolume {done.hypervolume:.4f}"
     print(
         f"{done.done} of {done.budget} trials after {format_seconds(done.elapsed_s)}, "
@@ -230,48 +228,10 @@ def show(
             print(line)
 
 
-@app.command(epilog='Example: vitpareto pareto quick --objectives top1_pct,size_bytes --where "top1_pct_drop <= 1"')
-@reported
-def pareto(
-    name: NameArgument,
-    objectives: Annotated[str | None, typer.Option(help="Comma-separated; default: the study's own.")] = None,
-    where: Annotated[str | None, typer.Option(help="SQL condition over the columns of trials.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Trials that break a constraint of the study too.")] = False,
-    storage: StorageOption = STORAGE,
-    format_: FormatOption = Format.table,
-) -> None:
-    """Prints the Pareto frontier of the feasible trials."""
-    _frontier(name, storage, objectives, where, everything, format_)
-
-
-def _frontier(
-    name: str, storage: str, objectives: str | None, where: str | None, everything: bool, format_: Format
-) -> None:
-    from orchestrator import query
-
-    ledger, stored = _open(name, storage)
-    directions: dict[str, str] = stored["config"]["objectives"]
-    wanted = list(directions) if objectives is None else [o.strip() for o in objectives.split(",") if o.strip()]
-    rows = query.pareto(ledger, wanted, None, where, all_rows=everything)
-    if not len(rows):
-        rule = (
-            "meets the condition" if where else "is ok" + ("" if everything else " and keeps every constraint (--all)")
-        )
-        say(f"the frontier is empty: no trial {rule}")
-    write_table(_for_people(rows, wanted, stored["config"]["techniques"]) if format_ is Format.table else rows, format_)
-
-
-def _for_people(rows: pa.Table, objectives: list[str], searched: dict[str, Any]) -> pa.Table:
-    """Returns the columns that fit a terminal, labels without what the study fixes; other formats have every column."""
-    import pyarrow as pa
-
-    from orchestrator.labels import short_label
-    from workers.protocol import Recipe
-
-    labels = [short_label(Recipe.from_json(text), searched) for text in rows["recipe"].to_pylist()]
-    drop = [] if "top1_pct_drop" in objectives else ["top1_pct_drop"]
-    shown = rows.select(["trial_id", *dict.fromkeys(objectives), *drop])
-    return shown.append_column("label", pa.array(labels, pa.string()))
+app.command(epilog='Example: vitpareto pareto quick --objectives top1_pct,size_bytes --budget "top1_pct_drop <= 1"')(
+    cli_pareto.pareto
+)
+app.command(epilog="Example: vitpareto compare quick 3f2a90c1 77b0")(cli_compare.compare)
 
 
 @app.command(epilog="""Example: vitpareto query quick "SELECT status, count(*) AS n FROM trials GROUP BY status\"""")
@@ -297,6 +257,13 @@ def techniques(format_: FormatOption = Format.table) -> None:
 
     write_dicts(technique_lines() if format_ is Format.table else technique_rows(), format_)
 
+
+# --- later ------------------------------------------------------------------------------------------------------------
+
+app.command(epilog="Example: vitpareto remeasure quick --times 8")(cli_remeasure.remeasure)
+app.command(epilog="Example: vitpareto reproduce quick 33c2")(cli_reproduce.reproduce)
+app.command(epilog="Example: vitpareto export quick 33c2 --format onnx exported")(cli_export.export)
+app.command(epilog="Example: vitpareto report quick -o report.html")(cli_report.report)
 
 # --- clusters ---------------------------------------------------------------------------------------------------------
 

@@ -183,10 +183,11 @@ def _checked(
         *judge.model_name_faults(model.get("name")),
         *(judge.checkpoint_faults(model.get("checkpoint")) if check_files else ()),
         *judge.data_faults(data, must_exist=check_files),
+        *judge.training_faults(values.get("training"), data),
         *judge.resource_faults(values.get("device"), values.get("resources")),
     ]
     if study is not None:
-        found += judge.sampler_faults(study.sampler)
+        found += [*judge.sampler_faults(study.sampler), *judge.seed_faults(study.seeds, study.measurement.protocol)]
     if found or study is None:
         raise StudyError(source, with_lines(_in_file_order(found, lines or {}), lines or {}))
     return study.model_copy(update={"techniques": techniques, "recipes": recipes})

@@ -21,25 +21,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
 from ray.exceptions import OutOfMemoryError, RayError
 from ray.tune.search import Searcher
 
-from orchestrator import query
+from orchestrator import finish, query
 from orchestrator.config import StudyRefused, check_measurable, check_same_study
+from orchestrator.dashboard import leave_journal
 from orchestrator.ledger import Ledger, LedgerError
 from orchestrator.losses import loss_class, loss_reason, memory_culprit
 from orchestrator.progress import Progress
+from orchestrator.ray_session import at_once, connection
 from orchestrator.space import SearchSpace
 from orchestrator.study_schema import StudyConfig, model_info
-from orchestrator.sweep import RUNNER, Sweep, Work, open_sweep
+from orchestrator.sweep import RUNNER, StudyFailed, Sweep, Work, open_sweep
 from orchestrator.trainable import TrialTrainable
 from workers.lease import Lease, LeaseHeld, LeaseLost, acquire, alive
-from workers.protocol import Measurement, Recipe, TrialSpec
-from workers.run import run_report
-from workers.storage import open_storage
+from workers.storage import Storage, open_storage
 from workers.techniques import versions
+
+__all__ = ["StudyBusy", "StudyFailed", "StudyRun", "remeasure_study", "run_study"]
 
 RESTARTS_WITHOUT_PROGRESS = 3
 LEASE_CHECK_S = 5.0
@@ -52,18 +53,11 @@ COMPACT_ROWS = 64
 FRONTIER_S = 5.0
 """Seconds between two snapshots of the frontier while a study runs."""
 
-_LOCAL_TOKEN = secrets.token_hex(32)
-"""Of local Rays; one for the process, since Ray reads it once."""
-
 log = logging.getLogger("vitpareto")
 
 
 class StudyBusy(Exception):
     """Another live driver runs this study."""
-
-
-class StudyFailed(Exception):
-    """The study could not go on; the message says why. What was found is in the ledger."""
 
 
 @dataclass(frozen=True)
@@ -127,15 +121,7 @@ def run_study(
         raise StudyRefused(
             f"study {config.name}: none of its techniques can work on {info.name}; `vitpareto plan` says why"
         )
-    try:
-        lease = acquire(store, f"{config.name}/lease", note={"study": config.name})
-    except LeaseHeld as error:
-        raise StudyBusy(
-            f"study {config.name} in {store.url} is being run by process {error.owner.get('pid')} on "
-            f"{error.owner.get('host')}; wait for it or stop it, then resume"
-        ) from None
-    assert lease is not None  # only a waiting acquire returns None
-    with lease, _termination_as_interrupt():
+    with _held(store, config.name) as lease:
         ledger = Ledger(store, config.name, config.parsed_constraints(), context.digest)
         token = _open_folder(ledger, config, context.digest)
         _await_orphans(ledger)
@@ -150,7 +136,78 @@ def run_study(
         ledger.compact()
         if sweep.baseline is not None:
             write_frontier(sweep)
+        _leave_journal(sweep)
         return _finish(sweep, store.url)
+
+
+def remeasure_study(
+    config: StudyConfig,
+    *,
+    times: int,
+    storage: str | Path = "results",
+    address: str | None = None,
+    quiet: bool = False,
+) -> int:
+    """Measures frontier members whose place rests on noise again, and returns how often it did.
+
+    Args:
+        config: as the study's folder holds it; storage, address, quiet: see :func:`run_study`.
+        times: most measurements; fewer where the frontier is decided before.
+
+    Raises:
+        StudyBusy: another live driver runs it.
+        StudyFailed: the machine or cluster lacks what a trial needs.
+        StudyRefused: data or checkpoint are not those that the study was run with.
+    """
+    store, context = open_storage(storage), config.context()
+    ledger = Ledger(store, config.name, config.parsed_constraints(), context.digest)
+    stored = ledger.study_record() or {}
+    if stored.get("context") != context.digest:
+        raise StudyRefused(
+            f"study {config.name}: the data or the checkpoint has changed since it was run; what would be measured now is "
+            "another model"
+        )
+    with _held(store, config.name), Progress(quiet=quiet) as progress, connection(config, address):
+        sweep = open_sweep(
+            config,
+            context,
+            model_info(context),
+            ledger,
+            storage_url=store.url,
+            token=stored["token"],
+            versions=versions(),
+        )
+        spent = finish.remeasure(sweep, times, progress)
+        if spent:
+            write_frontier(sweep)
+        return spent
+
+
+@contextmanager
+def _held(store: Storage, name: str) -> Iterator[Lease]:
+    """Holds the study's lease for the block, in which a termination is an interrupt.
+
+    Raises:
+        StudyBusy: another live driver holds it.
+    """
+    try:
+        lease = acquire(store, f"{name}/lease", note={"study": name})
+    except LeaseHeld as error:
+        raise StudyBusy(
+            f"study {name} in {store.url} is being run by process {error.owner.get('pid')} on "
+            f"{error.owner.get('host')}; wait for it or stop it, then resume"
+        ) from None
+    assert lease is not None  # only a waiting acquire returns None
+    with lease, _termination_as_interrupt():
+        yield lease
+
+
+def _leave_journal(sweep: Sweep) -> None:
+    """Leaves the Optuna study where optuna-dashboard finds it; a failure costs nothing that was found."""
+    try:
+        leave_journal(sweep.ledger, sweep.proposer)
+    except (OSError, LedgerError) as error:
+        log.warning("the journal for optuna-dashboard could not be written: %s", error)
 
 
 def _open_folder(ledger: Ledger, config: StudyConfig, context: str) -> str:
@@ -201,78 +258,32 @@ def _finish(sweep: Sweep, url: str) -> StudyRun:
 # --- Ray --------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _ray(config: StudyConfig, address: str | None) -> Iterator[None]:
-    """A connection to ``address``, or a local Ray for the time of the block.
-
-    The environment of the driver's process is put back afterwards.
-    """
-    wanted = {
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a banner even at verbose=0
-    }
-    if address is None:
-        # With a token at hand, a local Ray turns token authentication on and writes no token file that others can read.
-        wanted["RAY_AUTH_TOKEN"] = _LOCAL_TOKEN
-    before = {name: os.environ.get(name) for name in (*wanted, "RAY_AUTH_MODE")}
-    os.environ.update({k: v for k, v in wanted.items() if before[k] is None})
-    try:
-        if address is None:
-            ray.init(
-                "local",  # None would join whatever cluster was last started on this machine
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                num_cpus=_local_cpus(config),
-            )
-            _check_local_resources(config)
-        else:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        yield
-    finally:
-        ray.shutdown()
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-
-
-def _check_local_resources(config: StudyConfig) -> None:
-    """A local Ray does not grow: what it lacks would be waited for until the end of time."""
-    wanted = {"GPU": config.resources.gpus, "memory": float(config.resources.memory or 0)}
-    there = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    for name, amount in wanted.items():
-        if amount > there.get(name, 0.0):
-            raise StudyFailed(
-                f"resources: a trial needs {amount:g} of {name}, this machine offers {there.get(name, 0.0):g}; ask for "
-                "less or run it on a cluster with --address"
-            )
-
-
-def _local_cpus(config: StudyConfig) -> int:
-    return max(os.cpu_count() or 1, config.resources.cpus)
-
-
 def _supervise(sweep: Sweep, lease: Lease, address: str | None, progress: Progress, runner: str) -> None:
     """Runs Tuners until nothing is left; a run that breaks down is followed by another from where the sweep stands.
 
-    A finished sweep ends with the report split, under the same Ray.
+    A finished sweep ends with what follows the search (finish.py), under the same Ray.
     """
     fruitless, one_at_a_time = 0, False
-    while not sweep.finished or (runner == RUNNER and _unreported(sweep)):
+    while not sweep.finished or (runner == RUNNER and finish.unreported(sweep)):
         before = len(sweep.rows)
-        with _ray(sweep.config, address):
-            at_once = 1 if one_at_a_time else _at_once(sweep.config, address)
-            broken = None if sweep.finished else _tune(sweep, lease, progress, runner, at_once)
+        with connection(sweep.config, address):
+            together = 1 if one_at_a_time else at_once(sweep.config, address)
+            broken = None if sweep.finished else _tune(sweep, lease, progress, runner, together)
             if broken is None:
                 if sweep.finished and runner == RUNNER:
-                    _report_split(sweep, progress)
+                    _after_the_search(sweep, progress)
                 return
         one_at_a_time = not _blame(sweep, broken)
         fruitless = 0 if len(sweep.rows) > before else fruitless + 1
         log.warning("the Tune run broke down (%s); going on from the ledger", type(broken).__name__)
         if fruitless >= RESTARTS_WITHOUT_PROGRESS:
             raise StudyFailed(f"the Tune run broke down {fruitless} times without a trial ending: {broken}") from broken
+
+
+def _after_the_search(sweep: Sweep, progress: Progress) -> None:
+    left = sweep.config.remeasurements - len(sweep.ledger.remeasured())
+    finish.remeasure(sweep, left, progress)
+    finish.report_split(sweep, progress)
 
 
 def _blame(sweep: Sweep, broken: BaseException) -> bool:
@@ -295,13 +306,6 @@ def _whereabouts(sweep: Sweep, work: Work) -> list[dict[str, Any]]:
     """Returns where the trials of ``work`` run, as far as they have started."""
     marks = sweep.ledger.running()
     return [marks[s.trial_id] for s in work.specs if s.trial_id in marks]
-
-
-def _at_once(config: StudyConfig, address: str | None) -> int:
-    """Trials in flight at once; 0 lets a cluster, which may grow, take as many as it has room for."""
-    if config.resources.max_concurrent is not None or address is not None:
-        return config.resources.max_concurrent or 0
-    return max(1, _local_cpus(config) // config.resources.cpus)
 
 
 def _tune(sweep: Sweep, lease: Lease, progress: Progress, runner: str, at_once: int) -> BaseException | None:
@@ -441,32 +445,3 @@ def write_frontier(sweep: Sweep) -> None:
         context=sweep.context.digest,
     )
     sweep.ledger.compact(min_rows=COMPACT_ROWS)
-
-
-def _unreported(sweep: Sweep) -> list[TrialSpec]:
-    """Returns the baseline and the frontier's members as far as they were not evaluated on the report split yet."""
-    if sweep.baseline is None:
-        return []
-    objectives = sweep.config.objectives
-    members = query.pareto(sweep.ledger, list(objectives), list(objectives.values()))
-    recipes = [Recipe.from_json(text) for text in members["recipe"].to_pylist()]
-    specs = {s.trial_id: s for s in (sweep.baseline_spec(), *(s for r in recipes if r.steps for s in sweep.specs(r)))}
-    reported = sweep.ledger.reported()
-    return [s for t, s in specs.items() if t not in reported]
-
-
-def _report_split(sweep: Sweep, progress: Progress) -> None:
-    """Evaluates what is unreported on the report split, once each; the search never sees it. A loss is only logged."""
-    wanted = _unreported(sweep)
-    progress.note(f"evaluating {len(wanted)} frontier members on the report split")
-    remote = ray.remote(num_cpus=sweep.config.resources.cpus, num_gpus=sweep.config.resources.gpus)(_report)
-    for spec, found in [(s, remote.remote(s.to_dict())) for s in wanted]:
-        try:
-            sweep.ledger.write_report(spec.trial_id, spec.recipe.hash, ray.get(found))
-        except RayError as error:
-            log.warning("%s was not evaluated on the report split; a resume tries again: %s", spec.trial_id, error)
-
-
-def _report(values: dict[str, Any]) -> Mapping[str, Any]:
-    found: Measurement = run_report(TrialSpec.from_dict(values))
-    return {**found.__dict__, "conditions": dict(found.conditions)}

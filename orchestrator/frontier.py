@@ -47,6 +47,19 @@ def nondominated(values: npt.ArrayLike, directions: Sequence[str]) -> npt.NDArra
     return members
 
 
+def nondominated_share(worlds: npt.ArrayLike) -> Floats:
+    """Returns the share of draws in which each point is on the frontier, (n,).
+
+    Args:
+        worlds: (draws, n, m), everything minimised, without NaN.
+    """
+    points = np.ascontiguousarray(worlds, dtype=np.float64)
+    found = np.zeros(points.shape[1])
+    for world in points:
+        found += moocore.is_nondominated(world, keep_weakly=True)
+    return np.asarray(found / max(len(points), 1))
+
+
 def hypervolume(values: npt.ArrayLike, directions: Sequence[str], reference: npt.ArrayLike) -> float:
     """Returns the volume that the points dominate, up to ``reference`` (m,), in the product of the objectives' units.
 

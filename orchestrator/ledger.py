@@ -5,6 +5,8 @@ Files under ``<study>/``::
     attempts/<trial_id>.<attempt_id>.json    one an attempt, written once
     asks/<context>-<number>.json                       what the driver handed out
     running/<trial_id>.json                  where a trial runs; gone when its attempt is written
+    reports/<trial_id>.json                  accuracy on the report split
+    reports/<trial_id>.<id>.json             a later measurement of the same artefact
     ledger/attempts-<n>-<id>.parquet, ledger/measurements-<n>-<id>.parquet
     ledger/manifest-<n>.json                 the parts of generation n; the highest counts
     study.json                               what the study is
@@ -18,6 +20,7 @@ reader reads the loose files before it looks for the manifest: what vanished mea
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -50,6 +53,8 @@ T = TypeVar("T")
 
 LARGEST_MERGED_ROWS = 250_000
 """A part with more rows than this is not rewritten any more."""
+
+_REMEASURED = re.compile(r"([0-9a-f]+)\.[0-9a-f]{8}\.json")
 
 READ_TRIES = 20
 """Snapshots a reader takes before it gives up; each failed one means that a compaction ended meanwhile."""
@@ -110,7 +115,23 @@ class Ledger:
 
     def reported(self) -> set[str]:
         """Returns the trials that were evaluated on the report split."""
-        return set(self._files.reports([])["trial_id"].to_pylist())
+        added = self._files.reports([])
+        return set(added.filter(pc.equal(added["kind"], "accuracy_report"))["trial_id"].to_pylist())
+
+    def write_remeasurement(self, trial_id: str, recipe_hash: str, measurements: Sequence[Mapping[str, Any]]) -> None:
+        """Adds later measurements of a trial's artefact; they stand beside the trial's own.
+
+        Args:
+            measurements: the fields of ``protocol.Measurement``, what one further measurement found.
+        """
+        record = report_record(trial_id, recipe_hash, *measurements)
+        name = self._files.name("reports", f"{trial_id}.{uuid.uuid4().hex[:8]}.json")
+        self.storage.put_atomic(name, json.dumps(record, allow_nan=False).encode())
+
+    def remeasured(self) -> list[str]:
+        """Returns the trial of every further measurement of this study, one entry each."""
+        names = self.storage.files(self._files.name("reports"))
+        return [m[1] for m in map(_REMEASURED.fullmatch, names) if m]
 
     def write_ask(self, context: str, number: int, ask: Mapping[str, Any]) -> None:
         """Records what the driver handed out as Optuna's trial ``number`` of a context; a later call replaces it."""

@@ -124,7 +124,7 @@ class LedgerFiles:
             return _tables([pair for pair in found if _fits(*pair, problems)])
 
     def reports(self, problems: list[Problem]) -> pa.Table:
-        """Returns the evaluations on the report split as measurements; there are few, so they are never compacted."""
+        """Returns what was measured after trials had ended; there is little of it, so it is never compacted."""
         tables = [measurements_table([])]
         for name, record in self.records("reports", problems):
             try:

@@ -14,13 +14,16 @@ from typing import Any
 import pyarrow as pa
 
 from orchestrator.columns import empty
-from workers.protocol import OBJECTIVES, TrialResult, TrialSpec
+from workers.protocol import INTERVALS, OBJECTIVES, TrialResult, TrialSpec
 
 SCHEMA_VERSION = 1
 """Of the attempt files and of every Parquet file; raised when a column changes its meaning."""
 
 RATIOS = tuple(f"{name}_ratio" for name in OBJECTIVES)
 """Value over the baseline's. Stored where the trial measured it paired; computed when read where it did not."""
+
+BOUNDS = tuple(f"{name}_{end}" for name in INTERVALS for end in ("low", "high"))
+"""Ends of the 95 % intervals of what is measured; null where it was not, or is exact."""
 
 JSON_COLUMNS = ("metrics", "conditions", "stages", "seconds", "provenance", "optuna", "spec")
 """Columns of JSON text; ``spec`` is the whole TrialSpec, from which the attempt can be rerun alone."""
@@ -52,6 +55,8 @@ ATTEMPTS = _schema(
         ("failure", pa.string()),
         *((name, pa.float64()) for name in OBJECTIVES),
         *((name, pa.float64()) for name in RATIOS),
+        *((name, pa.float64()) for name in BOUNDS),
+        ("latency_ms_p95", pa.float64()),
         ("started_at", _TIME),
         ("duration_s", pa.float64()),
         ("context", pa.string()),
@@ -158,13 +163,14 @@ def attempt_row(spec: TrialSpec, result: TrialResult, optuna: Mapping[str, Any] 
     return _finite(row)  # type: ignore[no-any-return]
 
 
-def report_record(trial_id: str, recipe_hash: str, measurement: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the record of an evaluation on the report split (fields of ``protocol.Measurement``)."""
+def report_record(trial_id: str, recipe_hash: str, *measurements: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the record of measurements that were added to a trial that has ended (fields of
+    ``protocol.Measurement``)."""
     return {
         "schema_version": SCHEMA_VERSION,
         "trial_id": trial_id,
         "recipe_hash": recipe_hash,
-        "measurements": [_finite(dict(measurement))],
+        "measurements": [_finite(dict(m)) for m in measurements],
     }
 
 
@@ -204,7 +210,7 @@ def attempts_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 
 def _attempt_cell(row: Mapping[str, Any], name: str) -> Any:
-    if name in OBJECTIVES or name in RATIOS:
+    if name in OBJECTIVES or name in RATIOS or name in BOUNDS or name == "latency_ms_p95":
         return row["metrics"].get(name)
     if name in JSON_COLUMNS:
         return _json(row.get(name))

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from orchestrator.columns import Mask, empty, group_numbers, to_arrow
+from orchestrator.columns import Mask, booleans, empty, equals, group_numbers, to_arrow
 from orchestrator.constraints import Constraint
 from orchestrator.ledger_files import LedgerFiles, Loose, Part, Problem
 from orchestrator.ledger_schema import SCHEMAS, conform, schema_fault
@@ -109,6 +109,17 @@ class Snapshot:
         """Returns one row a measured quantity with ``columns`` of ``ledger_schema.MEASUREMENTS`` (None: all)."""
         table = self._read("measurements", columns)
         return pa.concat_tables([table, self._reports.select(table.column_names)])
+
+    def records(self, kind: str, trial_ids: pa.Array, columns: Sequence[str]) -> pa.Table:
+        """Returns the attempts' own measurements of a kind of some trials; of Parquet only the row groups that hold some are
+        decoded."""
+        keys = self._read("measurements", ["trial_id", "kind"])
+        mine = equals(keys["kind"], kind) & booleans(pc.is_in(keys["trial_id"], value_set=trial_ids))
+        return self._read("measurements", columns, np.flatnonzero(mine))
+
+    def added(self, kind: str) -> pa.Table:
+        """Returns the measurements of a kind that were added after their trials had ended."""
+        return self._reports.filter(to_arrow(equals(self._reports["kind"], kind)))
 
     def trials(self, columns: Iterable[str] | None = None, rows: Rows | None = None) -> pa.Table:
         """Returns one row a trial with ``columns`` of ``ledger_trials.TRIALS`` (None: all).

@@ -16,12 +16,14 @@ import pyarrow as pa
 from orchestrator.columns import Floats, Mask, booleans, equals, floats, group_few, group_numbers, integers, to_arrow
 from orchestrator.constraints import Constraint
 from orchestrator.ledger_schema import ATTEMPTS, RATIOS
+from workers.protocol import OBJECTIVES, SPEED_OBJECTIVES
 
 _STORED = [f for f in ATTEMPTS if f.name not in (*RATIOS, "spec")]
 _DERIVED = [
     pa.field("top1_pct_drop", pa.float64()),
     *(pa.field(name, pa.float64()) for name in RATIOS),
     pa.field("feasible", pa.bool_()),
+    pa.field("slower_than_baseline", pa.bool_()),
     pa.field("attempts", pa.int64()),
 ]
 
@@ -30,7 +32,8 @@ _DERIVED_NAMES = frozenset(f.name for f in _DERIVED)
 TRIALS = pa.schema([*_STORED, *_DERIVED])
 """Columns of the trials table: the stored ones of the accepted attempt, then the derived ones. ``top1_pct_drop`` is the
 top-1 of the same context's baseline minus this one, in points; ``*_ratio`` the value over the baseline's; ``feasible``
-says that the trial is ok and keeps every constraint of the study; ``attempts`` counts."""
+says that the trial is ok and keeps every constraint of the study; ``slower_than_baseline`` that a speed's whole interval is
+on the slow side of the strong baseline's; ``attempts`` counts."""
 
 NUMERIC = [f.name for f in TRIALS if pa.types.is_floating(f.type)]
 """Columns that can be an objective; over several seeds they are averaged."""
@@ -55,6 +58,9 @@ DEFAULT_COLUMNS = (
     "device",
 )
 """What a query shows of a trial where it is not told."""
+
+_SLOW_ENDS = {name: "low" if OBJECTIVES[name] == "minimize" else "high" for name in sorted(SPEED_OBJECTIVES)}
+"""Speed to the end of its interval that is the better one."""
 
 _COMPARE = {"<=": np.less_equal, ">=": np.greater_equal, "<": np.less, ">": np.greater}
 _FOR_BASELINE = ("context", "is_baseline", "status")
@@ -143,6 +149,9 @@ def _needed(names: Iterable[str], constraints: Sequence[Constraint]) -> set[str]
     for name in names:
         metrics = [c.metric for c in constraints] if name == "feasible" else [name]
         needed |= {"status"} if name == "feasible" else set()
+        if name == "slower_than_baseline":
+            needed |= {f"{speed}_{end}" for speed, end in _SLOW_ENDS.items()}
+            metrics = [f"{speed}_ratio" for speed in _SLOW_ENDS]
         for metric in metrics:
             if metric == "top1_pct_drop":
                 needed |= {"top1_pct", *_FOR_BASELINE}
@@ -165,7 +174,17 @@ class _Derived:
             return self.counts
         if name == "feasible":
             return feasible(equals(self.stored["status"], "ok"), self.metric, self.constraints)
-        return self.metric(name)
+        return self._slower() if name == "slower_than_baseline" else self.metric(name)
+
+    def _slower(self) -> Mask:
+        found = np.zeros(len(self.stored), np.bool_)
+        for speed, end in _SLOW_ENDS.items():
+            value, best = self._floats(speed), self._floats(f"{speed}_{end}")
+            over = np.divide(best, value, out=np.full(len(best), np.nan), where=value != 0) * self.metric(
+                f"{speed}_ratio"
+            )
+            found |= over > 1 if end == "low" else over < 1
+        return found
 
     def metric(self, name: str) -> Floats:
         """Values of an objective, of ``top1_pct_drop`` or of a ratio, one a row."""

@@ -59,10 +59,19 @@ def _space_lines(config: StudyConfig, space: SearchSpace) -> Iterator[str]:
     for name, parameters in config.techniques.items():
         searched = ", ".join(f"{p} {_domain(d)}" for p, d in parameters.items())
         yield f"  {name}: {searched or 'no parameters'}"
+    yield from _excluded(space)
+    yield f"enqueued first: {len(config.recipes)} known-good recipes; then sampler {config.sampler.name}"
+
+
+def _excluded(space: SearchSpace) -> Iterator[str]:
+    """One line a reason: three examples are enough of a rule that forbids every pair of a family."""
+    by_reason: dict[str, list[str]] = {}
     for names, reason in space.excluded():
         what = " + ".join(names)
-        yield f"  excluded: {reason if reason.startswith(what) else f'{what}: {reason}'}"
-    yield f"enqueued first: {len(config.recipes)} known-good recipes; then sampler {config.sampler.name}"
+        by_reason.setdefault(reason.removeprefix(f"{what}: "), []).append(what)
+    for reason, found in by_reason.items():
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        yield f"  excluded: {', '.join(found[:3])}{more}: {reason}"
 
 
 def _domain(domain: Any) -> str:

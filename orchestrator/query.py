@@ -1,4 +1,4 @@
-"""Questions to a ledger: the frontier, and read-only SQL through DuckDB.
+"""Questions to a ledger: the frontier and how sure it is, what a budget allows, and read-only SQL through DuckDB.
 
 SQL sees Arrow tables in an in-memory database and nothing else: file access, extensions, variables of the Python
 process and temporary files are off and the configuration is locked, before a word of the question is parsed.
@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import duckdb
@@ -17,15 +18,18 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from orchestrator.columns import empty, equals, floats, group_numbers, integers, to_arrow
-from orchestrator.frontier import nondominated
+from orchestrator import choosing
+from orchestrator.candidates import ROW
+from orchestrator.certain import Condition, Question, judge, to_measure_again
+from orchestrator.columns import empty, floats, integers
+from orchestrator.constraints import Constraint
 from orchestrator.ledger import Ledger, Snapshot
 from orchestrator.ledger_schema import ATTEMPTS, MEASUREMENTS
-from orchestrator.ledger_trials import DEFAULT_COLUMNS, NUMERIC, TRIALS, feasible
+from orchestrator.ledger_trials import NUMERIC, TRIALS
 from orchestrator.rows import format_rows
 from workers.protocol import OBJECTIVES
 
-__all__ = ["QueryError", "format_rows", "pareto", "sql"]
+__all__ = ["QueryError", "candidates", "format_rows", "pareto", "sql", "uncertain", "within_budget"]
 
 TABLES = {"trials": TRIALS, "attempts": ATTEMPTS, "measurements": MEASUREMENTS}
 """Tables of :func:`sql`."""
@@ -36,7 +40,6 @@ CANDIDATES = TRIALS.append(pa.field("seeds", pa.int64()))
 MEMORY_LIMIT = "4GB"
 """Of a query, besides the tables; it never spills to disk."""
 
-_ROW = pa.field("_row", pa.int64())
 _LOCKED = {
     "enable_external_access": "false",
     "autoload_known_extensions": "false",
@@ -62,11 +65,12 @@ def pareto(
     where: str | None = None,
     all_rows: bool = False,
 ) -> pa.Table:
-    """Finds the Pareto frontier of a study.
+    """Finds the Pareto frontier of a study, and how sure it is.
 
     Rows of one context only are compared (``ledger.context``, or that of the newest trial). Where recipes have several
     seeds, a recipe is one candidate: its numbers are means over the seeds, its other columns those of the lowest seed,
-    and ``seeds`` counts. It is left out unless every seed is ok; constraints and the condition judge the means.
+    and ``seeds`` counts. It is left out unless every seed is ok; constraints and the condition judge the means that the rows
+    state. Candidates that noise does not tell apart are one group (docs/choosing.md).
 
     Args:
         objectives: numeric columns of ``trials``.
@@ -75,29 +79,108 @@ def pareto(
         all_rows: also candidates that break the study's constraints.
 
     Returns:
-        One row a member, best first by the first objective: names, the objectives, the other columns of
-        ``ledger_trials.DEFAULT_COLUMNS``, ``seeds``.
+        One row a group that is non-dominated with a probability of 0.05 or more: certain ones (0.95 or more) first, then the
+        best by the first objective. Of its representative, the simplest member: names, the objectives (repeated measurements
+        pooled) with ``<objective>_low`` and ``_high`` where they are measured (null: exact) and ``_ratio`` of speeds, the
+        other columns of ``ledger_trials.DEFAULT_COLUMNS``, ``seeds``; then ``probability``, ``certain``, ``members`` (trial
+        ids, representative first), ``slower_than_baseline`` and ``simulated`` (told only where a speed is asked for).
 
     Raises:
         QueryError: for an unknown column, a missing direction, or a condition that is none.
     """
-    directions = _directions(objectives, directions)
-    used = set() if where is None else _condition_columns(where)
-    wanted = {*objectives, *used, "top1_pct_drop", *(c.metric for c in ledger.constraints)}
+    question = _question(objectives, directions, where, all_rows)
 
     def read(snapshot: Snapshot) -> pa.Table:
-        candidates = _candidates(snapshot, ledger.context, wanted)
-        ok = equals(candidates["status"], "ok")
-        keeps = feasible(ok, lambda name: floats(candidates[name]), ledger.constraints)
-        candidates = candidates.append_column("feasible", to_arrow(keeps))
-        rows = np.flatnonzero(ok if all_rows else keeps)
-        if where is not None:
-            rows = rows[_matches(_some(candidates.select([*used, "_row"]), rows), where)]
-        values = np.stack([floats(candidates[name])[rows] for name in objectives], axis=1)
-        return _described(snapshot, _some(candidates, rows[nondominated(values, directions)]), objectives)
+        found = judge(snapshot, ledger.context, ledger.constraints, question)
+        return found.described(snapshot, found.frontier)
 
-    ranks = {"minimize": "ascending", "maximize": "descending"}
-    return ledger.consistent(read).sort_by([(o, ranks[d]) for o, d in zip(objectives, directions, strict=True)])
+    return ledger.consistent(read)
+
+
+def candidates(
+    ledger: Ledger,
+    objectives: Sequence[str],
+    where: str | None = None,
+    all_rows: bool = False,
+    directions: Sequence[str] | None = None,
+) -> pa.Table:
+    """Returns every candidate with the columns of :func:`pareto`, in its order: one row a recipe, not a group.
+
+    ``probability`` is that of the candidate's group, and 0 with ``members`` naming it alone where it belongs to none, since
+    others are better in every draw.
+
+    Raises:
+        QueryError: as :func:`pareto` does.
+    """
+    question = _question(objectives, directions, where, all_rows)
+
+    def read(snapshot: Snapshot) -> pa.Table:
+        found = judge(snapshot, ledger.context, ledger.constraints, question)
+        return found.described(snapshot, np.arange(len(found.candidates)))
+
+    return ledger.consistent(read)
+
+
+def uncertain(ledger: Ledger, objectives: Sequence[str], directions: Sequence[str] | None = None) -> list[str]:
+    """Returns the trials to measure again so that the frontier gets more certain, the most useful first.
+
+    They belong to groups whose place on the frontier rests on the noise of speeds, and to the groups that decide about it;
+    see :func:`certain.to_measure_again`. Empty where nothing of that kind is undecided.
+
+    Raises:
+        QueryError: for an unknown column or a missing direction.
+    """
+    question = _question(objectives, directions, None, False)
+
+    def read(snapshot: Snapshot) -> list[str]:
+        return to_measure_again(judge(snapshot, ledger.context, ledger.constraints, question), snapshot)
+
+    return ledger.consistent(read)
+
+
+def within_budget(
+    ledger: Ledger,
+    objectives: Sequence[str],
+    budget: Sequence[Constraint],
+    where: str | None = None,
+    all_rows: bool = False,
+) -> tuple[pa.Table, list[str]]:
+    """Finds the best candidate within a budget by the first objective, and the nearest better one beyond it.
+
+    Args:
+        budget: constraints on values as they are shown; see :func:`choosing.within_budget`.
+
+    Returns:
+        Up to two rows with the columns of :func:`pareto` and those that the budget names, and for each ``best within`` or
+        ``nearest beyond``.
+
+    Raises:
+        QueryError: as :func:`pareto` does.
+    """
+    metrics = [c.metric for c in budget]
+    question = _question(objectives, None, where, all_rows, metrics)
+
+    def read(snapshot: Snapshot) -> tuple[pa.Table, list[str]]:
+        found = judge(snapshot, ledger.context, ledger.constraints, question)
+        costs = np.stack([axis.centre for axis in found.axes], axis=1)
+        shown = dict(zip(objectives, (axis.value for axis in found.axes), strict=True))
+        values = {name: shown.get(name, floats(found.candidates.table[name])) for name in metrics}
+        chosen = choosing.within_budget(costs, values, budget)
+        tables = [found.described(snapshot, np.array([row])) for row in chosen.values()]
+        return pa.concat_tables(tables or [found.described(snapshot, np.empty(0, np.int64))]), list(chosen)
+
+    return ledger.consistent(read)
+
+
+def _question(
+    objectives: Sequence[str],
+    directions: Sequence[str] | None,
+    where: str | None,
+    all_rows: bool,
+    columns: Sequence[str] = (),
+) -> Question:
+    condition = None if where is None else Condition(_condition_columns(where), partial(_matches, where=where))
+    return Question(list(objectives), _directions(objectives, directions), condition, all_rows, columns)
 
 
 def _directions(objectives: Sequence[str], directions: Sequence[str] | None) -> list[str]:
@@ -122,59 +205,6 @@ def _directions(objectives: Sequence[str], directions: Sequence[str] | None) -> 
     return list(directions)
 
 
-def _candidates(snapshot: Snapshot, context: str | None, wanted: set[str]) -> pa.Table:
-    """Returns the trials of one context, one row a recipe, with ``wanted`` columns, ``seeds`` and ``_row``."""
-    needed = {"recipe_hash", "seed", "started_at", "status", "context", *wanted} - {"feasible", "seeds"}
-    trials = snapshot.trials(sorted(needed))
-    if group_numbers(trials["recipe_hash"])[1] < len(trials):  # several seeds: all that is shown is a mean
-        trials = snapshot.trials(sorted(needed.union(set(NUMERIC).intersection(DEFAULT_COLUMNS))))
-    numbered = trials.append_column(_ROW, to_arrow(np.arange(len(trials))))
-    return _mean_over_seeds(_of_context(numbered, context))
-
-
-def _some(table: pa.Table, rows: npt.NDArray[np.int64]) -> pa.Table:
-    """Returns the rows with the given numbers, ascending; unlike ``take`` it copies nothing else."""
-    chosen = np.zeros(len(table), np.bool_)
-    chosen[rows] = True
-    return table.filter(to_arrow(chosen))
-
-
-def _of_context(trials: pa.Table, context: str | None) -> pa.Table:
-    if context is None and len(trials):
-        newest = int(np.argmax(integers(trials["started_at"])))
-        context = trials["context"][newest].as_py()
-    mine = equals(trials["context"], context or "")
-    return trials if mine.all() else trials.filter(to_arrow(mine))
-
-
-def _mean_over_seeds(trials: pa.Table) -> pa.Table:
-    recipe, count = group_numbers(trials["recipe_hash"])
-    if count == len(trials):
-        return trials.append_column("seeds", to_arrow(np.ones(count, np.int64)))
-    seed = integers(trials["seed"])
-    order = np.lexsort((-integers(trials["started_at"]), seed, recipe))
-    newest = np.sort(order[np.r_[True, (np.diff(recipe[order]) != 0) | (np.diff(seed[order]) != 0)]])
-    trials, recipe = trials.take(to_arrow(newest)), recipe[newest]
-    ok = equals(trials["status"], "ok")
-    order = np.lexsort((integers(trials["seed"]), ok, recipe))  # a seed that failed stands for its recipe
-    first = order[np.r_[True, np.diff(recipe[order]) != 0]]
-    seeds = np.bincount(recipe)
-    found = trials.take(to_arrow(first)).append_column("seeds", to_arrow(seeds))
-    for name in set(NUMERIC) & set(trials.column_names):
-        mean = np.bincount(recipe, weights=floats(trials[name])) / seeds
-        found = found.set_column(found.schema.get_field_index(name), TRIALS.field(name), to_arrow(mean))
-    return found
-
-
-def _described(snapshot: Snapshot, members: pa.Table, objectives: Sequence[str]) -> pa.Table:
-    """Returns ``members`` with the columns that are read for them only."""
-    names = list(dict.fromkeys([*DEFAULT_COLUMNS[:3], *objectives, *DEFAULT_COLUMNS]))
-    members = members.sort_by("_row")
-    read = snapshot.trials([n for n in names if n not in members.column_names], integers(members["_row"]))
-    columns = {name: read[name] if name in read.column_names else members[name] for name in [*names, "seeds"]}
-    return pa.table(columns)
-
-
 def _condition_columns(where: str) -> set[str]:
     """Checks that ``where`` is one Boolean expression; returns the columns that it may use."""
     nothing = {"trials": empty(CANDIDATES)}
@@ -191,7 +221,7 @@ def _condition_columns(where: str) -> set[str]:
 
 
 def _matches(candidates: pa.Table, where: str) -> npt.NDArray[np.bool_]:
-    table = _filled(candidates, CANDIDATES.append(_ROW))
+    table = _filled(candidates, CANDIDATES.append(ROW))
     try:
         with _connect({"trials": table}) as connection:
             found: pa.Table = connection.sql(f"SELECT _row FROM trials WHERE ({where}\n)").to_arrow_table()

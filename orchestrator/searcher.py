@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import math
 import random
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.samplers import BaseSampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -41,6 +45,15 @@ class Proposal:
     number: int
     recipe: Recipe
     state: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TrialNote:
+    """What Optuna does not know of a trial: ``attributes`` are plain values, the times local ones without a zone."""
+
+    attributes: Mapping[str, Any]
+    started: datetime
+    ended: datetime
 
 
 class TrialSuggest:
@@ -122,6 +135,19 @@ def make_sampler(section: SamplerSection) -> BaseSampler:
         raise ValueError(f"sampler.options: {section.name} does not take them: {error}") from None
 
 
+class _Entries(BaseJournalBackend):
+    """A journal in memory: the one in a file synchronises after each entry, 10 ms a trial."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, Any]] = []
+
+    def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
+        return self.logs[log_number_from:]
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        self.logs.extend(logs)
+
+
 class Proposer:
     """Asks Optuna for recipes and tells it how they ended.
 
@@ -153,6 +179,7 @@ class Proposer:
         self.outcomes: dict[str, Mapping[str, float] | None] = {}
         self.open: dict[int, Proposal] = {}
         self.recipes: dict[str, Recipe] = {}
+        self.asked: dict[int, Recipe] = {}
         self.rejected: list[tuple[Recipe, str]] = []
         self.lost: set[str] = set()
         self._again: list[Proposal] = []
@@ -202,7 +229,7 @@ class Proposer:
                 trial.relative_params
             )  # puts enqueued recipes too into NSGA-II's generations; costs TPE and gives it nothing
         recipe = self.space.sample(TrialSuggest(trial))
-        self.recipes[recipe.hash] = recipe
+        self.recipes[recipe.hash] = self.asked[trial.number] = recipe
         proposal = Proposal(trial.number, recipe, self._state(trial.number, recipe))
         if recipe.hash in self.outcomes:
             self._tell(trial.number, self.outcomes[recipe.hash])
@@ -310,7 +337,7 @@ class Proposer:
                 self.study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))
                 continue
             recipe = Recipe.from_json(ask["recipe"])
-            self.recipes[recipe.hash] = recipe
+            self.recipes[recipe.hash] = self.asked[number] = recipe
             self._add(ask)
             if ask.get("running"):
                 self.study.tell(number, state=TrialState.FAIL)
@@ -335,3 +362,38 @@ class Proposer:
         )
         trial.datetime_start = datetime.now()
         self.study.add_trial(trial)
+
+    # --- for other tools ----------------------------------------------------------------------------------------------
+
+    def journal_bytes(self, name: str, notes: Mapping[int, TrialNote] | None = None) -> bytes:
+        """Returns the Optuna study as a file of its journal storage, which optuna-dashboard opens; the study stays as it is.
+
+        Args:
+            name: of the study in that file.
+            notes: number to what Optuna does not know of a trial.
+        """
+        entries = _Entries()
+        copy = optuna.create_study(storage=JournalStorage(entries), study_name=name, directions=self.study.directions)
+        with warnings.catch_warnings():  # experimental since Optuna 3.2; the dashboard's axes have no other names
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            copy.set_metric_names(list(self.objectives))
+        for trial in self.study.get_trials(deepcopy=True):
+            copy.add_trial(self._noted(trial, (notes or {}).get(trial.number)))
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "optuna.journal")
+            JournalFileBackend(str(file)).append_logs(entries.logs)
+            return file.read_bytes()
+
+    def _noted(self, trial: FrozenTrial, note: TrialNote | None) -> FrozenTrial:
+        """Adds to a trial what a person looks for."""
+        if trial.number in self.asked:
+            trial.set_user_attr("recipe", self.asked[trial.number].label())
+        if trial.constraints:
+            # Optuna 5 keeps them by name; optuna-dashboard 0.21 reads the list that older versions kept.
+            trial.system_attrs = {**trial.system_attrs, "constraints": list(trial.constraints.values())}
+        if note is not None:
+            for key, value in note.attributes.items():
+                trial.set_user_attr(key, value)
+            if trial.state.is_finished():
+                trial.datetime_start, trial.datetime_complete = note.started, note.ended
+        return trial

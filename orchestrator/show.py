@@ -8,12 +8,15 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+from orchestrator.interval_text import metric_text
 from orchestrator.ledger import Ledger
-from orchestrator.rows import human
 from orchestrator.units import format_seconds, unit_of
 from workers.protocol import OBJECTIVES
 
 WIDTH = 118
+
+_FOR_PROGRAMS = ("correct_bits", "logits_digest", "cpu_flags")
+"""What fills lines and tells a person nothing; ``--json`` has it."""
 
 _JSON = ("recipe", "metrics", "conditions", "stages", "seconds", "provenance", "optuna", "spec")
 
@@ -58,7 +61,10 @@ def describe_trial(row: dict[str, Any], ledger: Ledger, study: str, storage: str
     yield from _folded("stages", ", ".join(stages))
     spent = ", ".join(f"{k} {v:.2f} s" for k, v in (row["seconds"] or {}).items())
     yield from _folded("time", f"{row['duration_s']:.2f} s from {row['started_at']:%Y-%m-%d %H:%M:%S} UTC: {spent}")
-    yield from _folded("provenance", _pairs(row["provenance"]))
+    yield from _folded(
+        "provenance",
+        _pairs({k: v for k, v in (row["provenance"] or {}).items() if v is not None and k not in _FOR_PROGRAMS}),
+    )
     if row["artefact"]:
         yield f"artefact: {row['artefact']} in the storage; load it with workers.artefact.load"
     yield f"rerun alone: {this} --spec > spec.json && python -m workers spec.json"
@@ -69,9 +75,11 @@ def _metric_lines(row: dict[str, Any]) -> Iterator[str]:
     if row["top1_pct_drop"] is not None:
         metrics["top1_pct_drop"] = row["top1_pct_drop"]
     yield "metrics:" if metrics else "metrics: none"
-    order = [*OBJECTIVES, *sorted(metrics.keys() - OBJECTIVES)]
+    told = {f"{n}_{end}" for n in OBJECTIVES for end in ("low", "high", "ratio")}  # beside their value
+    about = metrics | {"simulated": (row["conditions"] or {}).get("simulated")}
+    order = [*OBJECTIVES, *sorted(metrics.keys() - OBJECTIVES - told)]
     for name in [n for n in order if n in metrics]:
-        short = human(name, metrics[name])
+        short = metric_text(name, about)
         exact = f"{metrics[name]:.10g} {unit_of(name)}".rstrip()
         yield f"  {name}: {short}" + (f" ({exact})" if short[-1] in "BkMG" and metrics[name] >= 1000 else "")
 
@@ -91,7 +99,8 @@ def _measurement(m: dict[str, Any]) -> str:
         )
     if m["samples"]:
         text += f"; {len(m['samples'])} samples"
-    return text + f"; {_pairs(json.loads(m['conditions'] or '{}'))}"
+    conditions = json.loads(m["conditions"] or "{}")
+    return text + f"; {_pairs({k: v for k, v in conditions.items() if k not in _FOR_PROGRAMS})}"
 
 
 def _duration(stage: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.study_yaml import ABSENT, Fault, nearest
 from workers.protocol import OBJECTIVES
+from workers.protocols import SEEDS
 
 if TYPE_CHECKING:
     from orchestrator.study_schema import SamplerSection
@@ -117,6 +118,18 @@ def data_faults(data: object, *, must_exist: bool = True) -> list[Fault]:
     return []
 
 
+def training_faults(training: object, data: object) -> list[Fault]:
+    """RandAugment is made of operations on pictures; the digits are small grids of floating-point numbers."""
+    if not (isinstance(training, Mapping) and isinstance(data, Mapping) and data.get("kind") == "digits"):
+        return []
+    parts = {name: training.get(name) for name in ("baseline", "recovery")}
+    return [
+        Fault(f"training.{name}.augment", "must not be randaugment for digits", "randaugment", "flip_crop or none")
+        for name, part in parts.items()
+        if isinstance(part, Mapping) and part.get("augment") == "randaugment"
+    ]
+
+
 def sampler_faults(sampler: SamplerSection) -> list[Fault]:
     """Judges the keyword arguments that go to the sampler, by making it."""
     if not sampler.options:
@@ -136,3 +149,12 @@ def resource_faults(device: object, resources: object) -> list[Fault]:
     if device == "cuda" and gpus == 0:
         return [Fault("resources.gpus", "must be above 0 for device cuda", gpus, "gpus: 1, or device: cpu")]
     return []
+
+
+def seed_faults(seeds: list[int], protocol: str) -> list[Fault]:
+    """A protocol that takes its accuracy over several seeds needs them."""
+    needed = SEEDS[protocol]
+    if len(seeds) >= len(needed):
+        return []
+    rule = f"must be at least {len(needed)} with measurement.protocol {protocol}"
+    return [Fault("seeds", rule, seeds, f"seeds: {list(needed)}, or another protocol")]

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from orchestrator.constraints import Constraint, ConstraintError, parse
 from orchestrator.study_yaml import nearest
 from workers.protocol import OBJECTIVES, Context, Recipe, Step
+from workers.protocols import PROTOCOLS, SEEDS
 
 if TYPE_CHECKING:
     from workers.techniques.record import ModelInfo
@@ -202,18 +203,44 @@ class DataSection(Section):
 
 
 class RecoverySettings(Section):
-    """How a compressed model is trained; the defaults suit a short joint fine-tune."""
+    """How a compressed model is trained; the defaults suit a short joint fine-tune. Meanings: ``TrainingSettings``."""
 
     epochs: Positive = 5
     batch_size: Positive = 64
+    accumulate: Positive = 1
     lr: Annotated[float, Field(gt=0)] = 5e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     schedule: Literal["one_cycle", "cosine"] = "one_cycle"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    grad_clip: Annotated[float, Field(gt=0)] = 1.0
-    amp: Literal["none", "bf16"] = "none"
+    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    grad_checkpointing: bool = False
+    augment: Literal["none", "flip_crop", "randaugment"] = "none"
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    patience: Positive | None = None
+    checkpoint_s: Duration | None = 120.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _momentum_of_sgd(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("optimizer") == "sgd" and "momentum" not in values:
+            return {**values, "momentum": 0.9}
+        return values
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        if self.momentum is not None and self.optimizer != "sgd":
+            raise _broken("momentum is of optimizer sgd", "remove momentum, or optimizer: sgd")
+        if self.accumulate > self.batch_size:
+            raise _broken("accumulate must not exceed batch_size", "a batch has no more parts than images")
+        if self.batch_size == 1 and (self.mixup > 0 or self.cutmix > 0):
+            raise _broken("mixup and cutmix need a batch_size of 2 or more", "images are mixed two and two")
+        return self
 
 
 class BaselineSettings(RecoverySettings):
@@ -249,20 +276,52 @@ class ResourcesSection(Section):
 
 
 class BudgetSection(Section):
-    """Wall time of the study, and of one trial (waiting for the lane does not count)."""
+    """Wall time of the study, and of one trial (waiting for the lane does not count); most further measurements of
+    frontier members whose place rests on noise (None: the protocol's)."""
 
     time: Duration | None = None
     trial_timeout: Duration | None = 600.0
+    remeasure: Natural | None = None
 
 
 class MeasurementSection(Section):
-    protocol: Literal["quick"] = "quick"
-    batch: Positive = 64
-    latency_repeats: Annotated[int, Field(ge=3)] = 30
-    throughput_batches: Positive = 8
-    warmup: Natural = 3
+    """How speed and memory are measured; what a study leaves out is its protocol's (:mod:`workers.protocols`)."""
+
+    protocol: Literal["quick", "standard", "thorough"] = "quick"
+    window_s: Annotated[float, Field(ge=0)]
+    latency_pairs: Annotated[int, Field(ge=3)]
+    throughput_pairs: Annotated[int, Field(ge=3)]
+    warmup: Natural
+    batch_start: Positive
+    batch_step: Positive
+    batch_max: Positive
+    noise_runs: Positive
     threads: Positive = 2
     bootstrap: Annotated[int, Field(ge=100)] = 1000
+    compile: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rest_by_protocol(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        named = protocol(values)
+        known = {name: value for name, value in PROTOCOLS[named].items() if name in cls.model_fields}
+        return {**known, **values}
+
+    @model_validator(mode="after")
+    def _start_within_most(self) -> Self:
+        if self.batch_max < self.batch_start:
+            raise _broken(
+                "batch_max must not be less than batch_start", f"batch_start {self.batch_start}, max {self.batch_max}"
+            )
+        return self
+
+
+def protocol(measurement: object) -> str:
+    """Returns the name of the protocol that a measurement section asks for; quick where it names none that is known."""
+    name = measurement.get("protocol") if isinstance(measurement, Mapping) else None
+    return name if isinstance(name, str) and name in PROTOCOLS else "quick"
 
 
 # --- the study --------------------------------------------------------------------------------------------------------
@@ -291,12 +350,27 @@ class StudyConfig(Section):
     max_techniques: Positive = 3
     recipes: list[Annotated[list[RecipeStep], Field(min_length=1)]] = Field(default_factory=list)
     sampler: SamplerSection = SamplerSection()
-    seeds: Annotated[list[Natural], AfterValidator(_distinct), Field(min_length=1)] = Field(default_factory=lambda: [0])
+    seeds: Annotated[list[Natural], AfterValidator(_distinct), Field(min_length=1)]
     resources: ResourcesSection = ResourcesSection()
     trials: Positive = 16
     budget: BudgetSection = BudgetSection()
     retries: Natural = 2
-    measurement: MeasurementSection = MeasurementSection()
+    measurement: Annotated[MeasurementSection, BeforeValidator(_empty_for_null)] = Field(
+        default_factory=lambda: MeasurementSection.model_validate({})
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _seeds_by_protocol(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "seeds" not in values:
+            return {**values, "seeds": list(SEEDS[protocol(values.get("measurement"))])}
+        return values
+
+    @property
+    def remeasurements(self) -> int:
+        """Most further measurements of undecided frontier members."""
+        stated = self.budget.remeasure
+        return int(PROTOCOLS[self.measurement.protocol]["remeasure"]) if stated is None else stated
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON values; :meth:`from_dict` reads them back."""

@@ -26,6 +26,10 @@ from workers.techniques.record import ModelInfo
 RUNNER = "workers.run:run_trial"
 
 
+class StudyFailed(Exception):
+    """The study could not go on; the message says why. What was found is in the ledger."""
+
+
 @dataclass(frozen=True)
 class Work:
     """What one Tune trial runs: one recipe under the seeds that are still to do. ``number`` is None for the baseline."""

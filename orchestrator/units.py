@@ -5,6 +5,7 @@ from __future__ import annotations
 _SUFFIXES = (
     ("_bytes", "B"),
     ("_ms_p50", " ms"),
+    ("_ms_p95", " ms"),
     ("_images_per_s", " images/s"),
     ("_pct", " %"),
     ("_drop", " points"),

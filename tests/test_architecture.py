@@ -15,9 +15,19 @@ ONE_PLACE = {
     "optuna": {"orchestrator/searcher.py"},
     "moocore": {"orchestrator/frontier.py"},
     "duckdb": {"orchestrator/query.py"},
+    "matplotlib": {"orchestrator/plots.py"},
+    "plotly": {"orchestrator/report.py"},
+    "onnxruntime": {"workers/export.py"},
     "pyarrow.parquet": {"orchestrator/ledger.py", "orchestrator/ledger_snapshot.py", "workers/tasks/encoded_images.py"},
 }
-RAY = {"orchestrator/driver.py", "orchestrator/losses.py", "orchestrator/trainable.py", "orchestrator/submit.py"}
+RAY = {
+    "orchestrator/driver.py",
+    "orchestrator/finish.py",
+    "orchestrator/losses.py",
+    "orchestrator/ray_session.py",
+    "orchestrator/submit.py",
+    "orchestrator/trainable.py",
+}
 STANDARD_LIBRARY_ONLY = ("workers/protocol.py", "workers/techniques/record.py")
 
 

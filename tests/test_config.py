@@ -58,11 +58,12 @@ def test_every_shipped_study_loads_and_survives_json() -> None:
         assert load_study(study.to_dict()) == study
 
 
-def test_quick_searches_every_technique_and_starts_from_known_good_recipes() -> None:
+def test_quick_searches_every_family_and_starts_from_known_good_recipes() -> None:
     from workers.techniques import NAMES
+    from workers.techniques.composition import family_of
 
     study = load_study("quick")
-    assert set(study.techniques) == set(NAMES)
+    assert {family_of(name) for name in study.techniques} == {family_of(name) for name in NAMES}
     assert len(study.known_good()) >= 5
     assert study.trials >= 16
     text = config.shipped_studies()["quick"].read_text()
@@ -446,3 +447,35 @@ def test_peak_memory_of_a_tiny_model_on_a_cpu_is_refused_before_work_starts() ->
     study = load_study(tiny_study(objectives=["top1_pct", "peak_memory_bytes"]))
     with pytest.raises(StudyRefused, match=r"objectives: peak_memory_bytes .* 5,000,000 parameters .* 5,018"):
         check_measurable(study, model_info(study.context()))
+
+
+# --- measurement ------------------------------------------------------------------------------------------------------
+
+
+def test_a_protocol_fills_in_what_a_study_leaves_out() -> None:
+    quick, standard = (load_study(minimal(measurement={"protocol": name})) for name in ("quick", "standard"))
+    assert (quick.measurement.window_s, standard.measurement.window_s) == (0.5, 30.0)
+    assert load_study(minimal()).measurement == quick.measurement
+    own = load_study(minimal(measurement={"protocol": "standard", "window_s": 3.0})).measurement
+    assert (own.window_s, own.batch_step) == (3.0, standard.measurement.batch_step)
+    assert StudyConfig.from_dict(standard.to_dict()) == standard
+
+
+def test_thorough_takes_three_seeds_and_refuses_fewer() -> None:
+    assert load_study(minimal(measurement={"protocol": "thorough"})).seeds == [0, 1, 2]
+    assert load_study(minimal(measurement={"protocol": "thorough"}, seeds=[5, 6, 7])).seeds == [5, 6, 7]
+    (fault,) = faults_of(minimal(measurement={"protocol": "thorough"}, seeds=[5, 6]))
+    assert (fault.where, fault.value) == ("seeds", [5, 6])
+    assert "at least 3 with measurement.protocol thorough" in fault.rule
+
+
+def test_remeasurements_come_from_the_budget_or_the_protocol() -> None:
+    assert load_study(minimal()).remeasurements == 4
+    assert load_study(minimal(measurement={"protocol": "standard"})).remeasurements == 16
+    assert load_study(minimal(budget={"remeasure": 0})).remeasurements == 0
+
+
+def test_batch_sizes_that_cannot_grow_are_refused() -> None:
+    (fault,) = faults_of(minimal(measurement={"batch_start": 900}))
+    assert fault.where == "measurement"
+    assert "batch_max must not be less than batch_start" in fault.rule

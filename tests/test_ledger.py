@@ -273,6 +273,27 @@ def test_the_report_split_is_added_to_a_finished_trial(storage):
     assert ledger.measurements().num_rows == 4
 
 
+def test_later_measurements_stand_beside_the_trials_own(storage):
+    ledger = Ledger(storage, STUDY)
+    row = make_row(1)
+    ledger.write_attempt(row)
+    later = [{**row["measurements"][0], "value": value} for value in (3.0, 4.0)]
+    ledger.write_remeasurement(row["trial_id"], row["recipe_hash"], later)
+    ledger.write_remeasurement(row["trial_id"], row["recipe_hash"], later[:1])
+    assert ledger.remeasured() == [row["trial_id"]] * 2
+    assert ledger.reported() == set()
+    ledger.compact()
+    found = ledger.measurements(["attempt_id", "trial_id", "value"]).to_pylist()
+    assert sorted((r["attempt_id"] or "", r["value"]) for r in found) == [
+        ("", 3.0),
+        ("", 3.0),
+        ("", 4.0),
+        ("a1x0", 2.5),
+    ]
+    assert {r["trial_id"] for r in found} == {row["trial_id"]}
+    assert ledger.problems() == []
+
+
 def test_frontier_keeps_its_history(storage):
     ledger = Ledger(storage, STUDY, context="c")
     assert ledger.frontier().num_rows == 0

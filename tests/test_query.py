@@ -47,7 +47,8 @@ def test_members_are_feasible_unless_asked(ledger):
     assert numbers(pareto(ledger, BOTH, all_rows=True)) == [None, 1, 2, 3, 4, 5, 6, 8, 9]
     found = pareto(ledger, ["size_bytes"], ["minimize"])
     assert numbers(found) == [5]
-    assert set(found.column_names) == {*DEFAULT_COLUMNS, "seeds"}
+    standing = {"probability", "certain", "members", "slower_than_baseline", "simulated"}
+    assert set(found.column_names) == {*DEFAULT_COLUMNS, "seeds", *standing}
 
 
 def test_directions_can_be_turned(ledger):
@@ -307,8 +308,8 @@ def test_harmless_introspection_shows_no_file(ledger):
 
 
 def test_an_unknown_name_gets_the_nearest(ledger):
-    with pytest.raises(QueryError, match=r"no column 'latency_ms' \(did you mean latency_ms_p50"):
-        sql(ledger, "select latency_ms from trials")
+    with pytest.raises(QueryError, match=r"no column 'size_byte' \(did you mean size_bytes"):
+        sql(ledger, "select size_byte from trials")
     with pytest.raises(QueryError, match="tables: trials, attempts, measurements"):
         sql(ledger, "select * from trails")
     with pytest.raises(QueryError, match=r"must be one SELECT.*COPY"):

@@ -17,7 +17,7 @@ from workers.techniques.record import ModelInfo
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "distill": {"alpha": {"low": 0.1, "high": 0.9, "step": 0.2}, "kind": ["soft", "hard"]},
     "magnitude_prune": {"ratio": {"low": 0.1, "high": 0.3, "step": 0.1}},
-    "importance_prune": {"ratio": [0.25]},
+    "taylor_prune": {"ratio": [0.25]},
     "tome": {"r": {"low": 1, "high": 4, "step": 1}, "proportional": [True, False]},
     "nystrom": {"landmarks": {"low": 8, "high": 16, "step": 4}},
     "precision": {"dtype": ["bf16"]},
@@ -156,10 +156,10 @@ def test_a_free_order_is_asked_for_and_both_orders_are_drawn() -> None:
 
 
 def test_several_techniques_of_one_family_where_composition_allows() -> None:
-    space = SearchSpace(subset("magnitude_prune", "importance_prune"))
+    space = SearchSpace(subset("magnitude_prune", "taylor_prune"))
     drawn = {space.sample(Recorded(seed)).techniques for seed in range(60)}
-    assert ("magnitude_prune", "importance_prune") in drawn
-    assert ("importance_prune", "magnitude_prune") in drawn
+    assert ("magnitude_prune", "taylor_prune") in drawn
+    assert ("taylor_prune", "magnitude_prune") in drawn
 
 
 @pytest.mark.parametrize(

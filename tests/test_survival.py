@@ -23,16 +23,16 @@ SLOW = {"baseline": {"epochs": 40}, "recovery": {"epochs": 20}}
 """Epochs that make a training last about a second, long enough to be killed in."""
 
 
-def in_flight(study: Study) -> list[str]:
-    """Returns the stages that were started and have no artefact."""
+def in_flight(study: Study, before: dict[str, int]) -> list[str]:
+    """Returns the stages that were started since ``before`` (executions of each then) and have no artefact."""
     done = study.completed()
-    return [key for key, count in study.executions().items() if count and key not in done]
+    return [key for key, count in study.executions().items() if count > before.get(key, 0) and key not in done]
 
 
-def in_training(study: Study, kind: str) -> list[str]:
-    """Returns the stages of a kind that run right now."""
+def in_training(study: Study, kind: str, before: dict[str, int]) -> list[str]:
+    """Returns the stages of a kind that run right now; a lease of a killed process still reads as held."""
     found = []
-    for key in in_flight(study):
+    for key in in_flight(study, before):
         folder = f"stages/{key}/leases"
         record = json.loads(study.storage.read(f"{folder}/{study.storage.files(folder)[-1]}"))
         if record["stage"] == kind and record["state"] == "held":
@@ -53,10 +53,11 @@ def test_killed_sweeps_end_with_exactly_the_budgeted_set(tmp_path: Path) -> None
     study = Study(tmp_path, tiny_study("survivor", trials=TRIALS, training=SLOW))
     generator = random.Random(7)
     moments = [
-        lambda: in_training(study, "baseline"),
+        lambda: in_training(study, "baseline", before),
         lambda: len(study.attempts()) >= 1 + generator.randint(1, 3),
-        lambda: in_training(study, "recovery"),
+        lambda: in_training(study, "recovery", before),
     ]
+    before: dict[str, int] = {}
     kept: dict[str, str] = {}
     stages: dict[str, int] = {}
     for moment in moments:
@@ -67,8 +68,9 @@ def test_killed_sweeps_end_with_exactly_the_budgeted_set(tmp_path: Path) -> None
         finally:
             kill(study, process)
         kept |= {r["attempt_id"]: r["trial_id"] for r in study.attempts() if r["status"] == "ok"}
-        for key in in_flight(study):
+        for key in in_flight(study, before):
             stages[key] = stages.get(key, 0) + 1
+        before = study.executions()
     assert 0 < len(kept) < TRIALS + 1, "the moments of this seed no longer hit a running sweep"
     study.run()
 
