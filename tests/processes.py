@@ -54,19 +54,19 @@ class Study:
             start_new_session=True,
         )
 
-    def finish(self, *arguments: str, status: int = 0) -> str:
+    def finish(self, *arguments: str, status: int = 0, wait_s: float = WAIT_S) -> str:
         """Runs `vitpareto` to its end and returns what it printed."""
         process = self.start(*arguments)
         try:
-            output = process.communicate(timeout=WAIT_S)[0]
+            output = process.communicate(timeout=wait_s)[0]
         finally:
             kill_group(process)
         assert process.returncode == status, output
         return output
 
-    def run(self) -> str:
+    def run(self, wait_s: float = WAIT_S) -> str:
         """Runs the study to its end."""
-        return self.finish("run", str(self.file), "--quiet")
+        return self.finish("run", str(self.file), "--quiet", wait_s=wait_s)
 
     def attempts(self) -> list[dict[str, Any]]:
         """Returns every attempt in the ledger, by start."""

@@ -15,6 +15,7 @@ QUICK_AA = {"protocol": "quick", "threads": 1, "noise_runs": 6}
 
 @pytest.mark.ray
 @pytest.mark.slow  # times something, on a machine that should be quiet
+@pytest.mark.timeout(900)
 def test_one_artefact_under_twelve_names_is_one_group_in_speed(tmp_path: Path) -> None:
     study = Study(
         tmp_path,
@@ -29,7 +30,7 @@ def test_one_artefact_under_twelve_names_is_one_group_in_speed(tmp_path: Path) -
             resources={"cpus": 1, "max_concurrent": 1},
         ),
     )
-    study.run()
+    study.run(wait_s=600)
     assert [row["status"] for row in study.attempts()] == ["ok"] * 13
     groups = json.loads(study.finish("pareto", "aa", "--format", "json"))
     (group,) = groups
