@@ -21,7 +21,7 @@ from workers.measurement import Subject, half_width, make_images, measure_speed
 from workers.protocol import Measurement, Recipe, Step, TrialResult, TrialSpec, trial_id
 from workers.protocols import PROTOCOLS
 from workers.run import run_remeasure, run_trial
-from workers.strong_baseline import StrongBaseline, noise_of, with_noise
+from workers.strong_baseline import PROCESS_SIGMA, StrongBaseline, noise_of, with_noise
 from workers.tasks import TaskInfo
 from workers.techniques import registry, versions
 from workers.techniques.record import defaults
@@ -175,7 +175,8 @@ def test_noise_is_the_root_mean_square_of_log_ratios_and_widens_by_students_t() 
     sigma, dof = noise_of([math.exp(0.03), math.exp(-0.03), math.exp(0.03), math.exp(-0.03)])
     assert (sigma, dof) == (pytest.approx(0.03), 4)
     noisy = record("latency", noise_sigma=0.03, noise_dof=4)
-    assert noisy.half_width() == pytest.approx(2.7764 * 0.03, rel=1e-4)  # t, 4 degrees of freedom, 97.5 %
+    expected = math.hypot(2.7764 * 0.03, 1.96 * PROCESS_SIGMA)  # t, 4 degrees of freedom, 97.5 %
+    assert noisy.half_width() == pytest.approx(expected, rel=1e-4)
     assert record("latency").half_width() == 0
 
 

@@ -30,6 +30,11 @@ from workers.ways import as_way, way_names
 
 CHILD_TIMEOUT_S = 3600
 
+PROCESS_SIGMA = 0.005
+"""Standard deviation of the log ratio that one artefact shows from trial to trial and that A/A runs in fresh, short processes
+do not: a worker lives long, and what lay in its memory before moves the layout. Seen: 0.5 % over twelve trials whose A/A runs
+had 0.14 % (``tests/test_remeasure.py``, twelve names)."""
+
 
 @dataclass(frozen=True)
 class StrongBaseline:
@@ -71,12 +76,14 @@ class StrongBaseline:
         return json.dumps(asdict(self)).encode()
 
     def half_width(self) -> float:
-        """Returns the half width, as a log ratio, of the 95 % interval of one measurement: Student's t over the A/A runs."""
+        """Returns the half width, as a log ratio, of the 95 % interval of one measurement: Student's t over the A/A runs, and
+        :data:`PROCESS_SIGMA`."""
         if self.noise_sigma is None or not self.noise_dof:
             return 0.0
         from scipy import stats
 
-        return float(stats.t.ppf(0.975, self.noise_dof)) * self.noise_sigma
+        seen = float(stats.t.ppf(0.975, self.noise_dof)) * self.noise_sigma
+        return math.hypot(seen, float(stats.norm.ppf(0.975)) * PROCESS_SIGMA)
 
 
 def file_name(study: str, context: str, device_name: str, kind: str) -> str:
