@@ -23,6 +23,7 @@ from orchestrator.constraints import METRICS, Constraint, ConstraintError, deriv
 from orchestrator.study_yaml import ABSENT
 from tests.studies import tiny_study
 from workers.protocol import OBJECTIVES, Step
+from workers.tasks import TaskInfo
 
 
 def minimal(**more: Any) -> dict[str, Any]:
@@ -70,11 +71,26 @@ def test_quick_searches_every_family_and_starts_from_known_good_recipes() -> Non
     assert "\ntrials: 16\n" in text, "scripts edit this line"
 
 
-def test_every_known_good_recipe_of_quick_is_feasible_and_in_its_space() -> None:
-    from orchestrator.space import SearchSpace
+SHIPPED_DATA = {
+    "quick": TaskInfo(10, 1, 8, tuple(map(str, range(10)))),
+    "survey_small": TaskInfo(10, 3, 32, tuple(map(str, range(10)))),
+    "survey_cifar10": TaskInfo(10, 3, 224, tuple(map(str, range(10)))),
+    "survey_cifar100": TaskInfo(100, 3, 224, tuple(map(str, range(100)))),
+}
+"""What the data of each shipped study is, most of which is not here."""
 
-    study = load_study("quick")
-    space = SearchSpace(study.techniques, config.model_info(study.context()), max_techniques=study.max_techniques)
+
+@pytest.mark.parametrize("name", config.shipped_studies())
+def test_every_known_good_recipe_of_a_shipped_study_is_feasible_and_in_its_space(name: str) -> None:
+    from orchestrator.space import SearchSpace
+    from workers import models
+
+    study = load_study(name)
+    create = study.model.create.timm_arguments() if study.model.create else dict(study.model.options)
+    section = {"family": "timm", "name": study.model.name, "create": create}
+    info = models.model_info(models.build(section, SHIPPED_DATA[name], device="meta"), study.device)
+    space = SearchSpace(study.techniques, info, max_techniques=study.max_techniques)
+    assert study.known_good()
     for recipe in study.known_good():
         assert space.fault(recipe) is None
         assert space.params_of(recipe)
@@ -179,7 +195,7 @@ techniques:
   tomme:
   tome: {r: 99, shedule: constant}
   nystrom: {landmarks: {low: 10, high: 21, step: 4}, iterations: []}
-  weight_only: {bits: 5}
+  weight_only: {bits: 9}
   magnitude_prune: {head_ratio: {low: 0.1, high: 0.4, step: 0.07}}
   dynamic_int8:
   precision:
@@ -213,7 +229,7 @@ EXPECTED = {
     "techniques.tome.shedule": (12, "must be a parameter of the technique", "did you mean schedule?"),
     "techniques.nystrom.landmarks.high": (13, "must be 10 plus a multiple of the step 4", "18"),
     "techniques.nystrom.iterations": (13, "must have at least one choice", "leave it out"),
-    "techniques.weight_only.bits": (14, "must be one of 8, 4", "for example 8"),
+    "techniques.weight_only.bits": (14, "must be one of 8, 7, 6, 5, 4, 3, 2", "for example 8"),
     "techniques.magnitude_prune.head_ratio.step": (15, "must be a positive multiple of 0.05", "default is 0.1"),
     "recipes[0]": (19, "must be a legal combination: dynamic_int8 + precision", "leave one of them out"),
     "recipes[1][0]": (20, "must be one of the study's techniques", ""),

@@ -48,6 +48,8 @@ RECIPES: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "int8": (("magnitude_prune", {"mlp_ratio": 0.5, "head_ratio": 0.0}), ("tome", {"r": 1}), ("dynamic_int8", {})),
     "int4": (("tome", {"r": 1}), ("weight_only", {"bits": 4})),
     "packed": (("weight_only", {"bits": 4, "kernel": "packed"}),),
+    "qat": (("qat", {}),),
+    "lsq": (("lsq", {"weight_bits": 8}),),
     "bf16": (("precision", {"dtype": "bf16"}),),
     "fp16": (("precision", {"dtype": "fp16"}),),
 }
@@ -268,7 +270,11 @@ def test_an_export_that_differs_leaves_nothing_behind(
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
-REFUSED = [("int8", "torch-export"), ("int8", "onnx"), ("packed", "onnx"), ("bf16", "onnx")]
+REFUSED = [
+    *((recipe, format_) for recipe in ("int8", "qat", "lsq") for format_ in ("torch-export", "onnx")),
+    ("packed", "onnx"),
+    ("bf16", "onnx"),
+]
 
 
 def test_every_refusal_is_tried() -> None:

@@ -1,12 +1,13 @@
-"""Affine quantisation of linear layers: which layers, choosing scales, rounding, packing two weights a byte.
+"""Affine quantisation of linear layers: which layers, choosing scales, rounding, packing any number of bits a weight.
 
-The arithmetic is that of torchao's primitives (``SYMMETRIC`` per row for 8 bits, the tinygemm form for 4 bits), written
+The arithmetic is that of torchao's primitives (``SYMMETRIC`` per row for 8 bits, the tinygemm form in groups), written
 out because the worker also runs where torchao is not installed; a test holds the two equal. Shapes: O out-features,
 I in-features, G groups a row.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from typing import Any, Self
 
@@ -17,13 +18,32 @@ from torch import Tensor, nn
 _EPS = torch.finfo(torch.float32).eps  # smallest scale, as torchao and torch.ao: a row of zeros has no scale
 
 
+class NotQuantisable(ValueError):
+    """A layer that cannot be quantised; the message names it."""
+
+
 def linears(model: nn.Module, *, skip_head: bool) -> dict[str, nn.Linear]:
-    """Returns every linear layer by name; ``skip_head`` leaves out the classifier heads (``head``, ``head_dist``)."""
-    return {
-        name: part
-        for name, part in model.named_modules()
-        if isinstance(part, nn.Linear) and not (skip_head and name.split(".")[0] in ("head", "head_dist"))
-    }
+    """Returns every linear layer by name; ``skip_head`` leaves out the classifier heads (``head``, ``head_dist``).
+
+    Raises:
+        NotQuantisable: the model has quantised layers already, or a weight is NaN or infinite.
+    """
+    found = {}
+    for name, part in model.named_modules():
+        if getattr(part, "quantised", False):
+            raise NotQuantisable(
+                f"{name or 'the model'} is a {type(part).__name__} already; quantise a model once only"
+            )
+        if isinstance(part, nn.Linear) and not (skip_head and name.split(".")[0] in ("head", "head_dist")):
+            require_finite(part.weight, f"the weight of {name}")
+            found[name] = part
+    return found
+
+
+def require_finite(values: Tensor, what: str) -> None:
+    """Raises NotQuantisable where ``values`` hold NaN or infinity: they have no scale."""
+    if not values.is_meta and not torch.isfinite(values).all():
+        raise NotQuantisable(f"{what} must be finite to be quantised; it holds NaN or infinity")
 
 
 def symmetric_int8(weight: Tensor, *, per_channel: bool) -> tuple[Tensor, Tensor]:
@@ -43,54 +63,190 @@ def symmetric_int8(weight: Tensor, *, per_channel: bool) -> tuple[Tensor, Tensor
     return (values * (1.0 / step)).round().clamp(-128, 127).to(torch.int8), scale
 
 
-def grouped_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantises to 4 bits from each group's minimum to its maximum: ``weight ~ (q - 8) * scale + zero``.
+def grouped_affine(
+    weight: Tensor, bits: int, group_size: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantises from each group's minimum to its maximum: ``weight ~ (q - 2^(bits-1)) * scale + zero``.
 
-    A group is ``group_size`` neighbours of a row; the last of a row is shorter where that does not divide I. Scale and
-    zero are bfloat16, as the kernels take them; rounding is against these rounded values.
+    A group is ``group_size`` neighbours of a row; the last of a row is shorter where that does not divide I. Rounding is
+    against scale and zero as they are stored. A constant group has the smallest scale, and its value as stored.
 
     Args:
         weight: (O, I) any floating type.
+        bits: 1 to 8.
+        dtype: of scale and zero; bfloat16 is what the 4-bit kernels take.
 
     Returns:
-        q (O, I) uint8 in [0, 15]; scale (O, G) and zero (O, G) bfloat16, zero being the value of q = 8.
+        q (O, I) uint8 in [0, 2^bits); scale (O, G) and zero (O, G), zero being the value of q = 2^(bits-1).
     """
     values = weight.detach().float()
     rows, columns = values.shape
+    middle, top = 2 ** (bits - 1), 2**bits - 1
     padding = -columns % group_size
-    padded = F.pad(values[None], (0, padding), mode="replicate")[0] if padding else values
-    groups = padded.view(rows, -1, group_size)
+    # The last value again: its minimum and maximum are those of the shorter group.
+    padded = torch.cat([values, values[:, -1:].expand(-1, padding)], 1) if padding else values
+    groups = padded.reshape(rows, -1, group_size)
     low, high = groups.amin(2), groups.amax(2)
-    scale = ((high - low) / 15).clamp_min(_EPS).bfloat16()
-    zero = (low + scale.float() * 8).bfloat16()
-    start = zero.float() - scale.float() * 8
-    q = ((groups - start[..., None]) / scale.float()[..., None]).round().clamp(0, 15).to(torch.uint8)
+    scale = ((high - low) / top).clamp_min(_EPS).to(dtype)
+    zero = (low + scale.float() * middle).to(dtype)
+    start = zero.float() - scale.float() * middle
+    q = ((groups - start[..., None]) / scale.float()[..., None]).round().clamp(0, top).to(torch.uint8)
     return q.reshape(rows, -1)[:, :columns].contiguous(), scale, zero
 
 
+def grouped_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns :func:`grouped_affine` of 4 bits."""
+    return grouped_affine(weight, 4, group_size)
+
+
+# --- packing ----------------------------------------------------------------------------------------------------------
+
+
+def _planes(bits: int) -> list[int]:
+    """Returns the powers of two that sum up to ``bits``, largest first: each divides a byte."""
+    if not 1 <= bits <= 15:
+        raise ValueError(f"bits must be from 1 to 15, got {bits}")
+    return [width for width in (8, 4, 2, 1) if bits & width]
+
+
+def packed_bytes(columns: int, bits: int) -> int:
+    """Returns the bytes of a row of ``columns`` weights: ``bits`` an eighth each, rounded up once a plane."""
+    return sum(-(-columns * width // 8) for width in _planes(bits))
+
+
+def pack_bits(q: Tensor, bits: int) -> Tensor:
+    """Packs q (O, I), an integer type below 2^bits, into (O, packed_bytes(I, bits)) uint8; bits from 1 to 15.
+
+    The bits are stored in planes of 8, 4, 2 and 1, the lowest bits in the widest plane. In a plane a byte holds weights that
+    lie 1/2, 1/4 or 1/8 of a row apart, so that unpacking is contiguous copies (four times as fast as interleaving).
+    """
+    planes, shift = [], 0
+    for width in _planes(bits):
+        part = ((q >> shift) & (2**width - 1)).to(torch.uint8)
+        count = 8 // width
+        stride = -(-q.shape[1] // count)
+        parts = F.pad(part, (0, count * stride - q.shape[1])).reshape(len(q), count, stride)
+        plane = parts[:, 0]
+        for i in range(1, count):
+            plane = plane | (parts[:, i] << (i * width))
+        planes.append(plane)
+        shift += width
+    return planes[0] if len(planes) == 1 else torch.cat(planes, 1)
+
+
+def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Returns q (O, columns) from what :func:`pack_bits` made: uint8 where that is one plane (1, 2, 4, 8 bits), else int32."""
+    found: Tensor | None = None
+    start, shift, planes = 0, 0, _planes(bits)
+    for width in planes:
+        count = 8 // width
+        stride = -(-columns // count)
+        plane = packed[:, start : start + stride]
+        part = torch.cat([_field(plane, i, width) for i in range(count)], 1)[:, :columns]
+        if len(planes) > 1:
+            part = part.int() << shift  # the ONNX exporter mistakes the type of a shifted uint8
+        found = part if found is None else found | part
+        start, shift = start + stride, shift + width
+    assert found is not None
+    return found
+
+
+def _field(plane: Tensor, i: int, width: int) -> Tensor:
+    low = i * width
+    if low + width < 8:  # the highest has nothing above it
+        plane = plane & ((2**width - 1) << low)
+    return plane >> low if low else plane
+
+
 def pack_nibbles(q: Tensor) -> Tensor:
-    """Packs q (O, I) uint8 below 16 into (O, ceil(I/2)) uint8: the first half of a row in the low nibbles, the rest in
-    the high ones (unpacking is then two contiguous copies, four times as fast as interleaving)."""
-    half = (q.shape[1] + 1) // 2
-    return q[:, :half] | (F.pad(q[:, half:], (0, 2 * half - q.shape[1])) << 4)
+    """Packs q (O, I) uint8 below 16 into (O, ceil(I/2)) uint8: the first half of a row lies in the low nibbles."""
+    return pack_bits(q, 4)
 
 
 def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
     """Returns q (O, columns) uint8 from what :func:`pack_nibbles` made."""
-    return torch.cat((packed & 15, packed >> 4), 1)[:, :columns]
+    return unpack_bits(packed, 4, columns)
 
 
-class KernelLinear(nn.Module, ABC):
-    """A linear layer that stores quantised weights as buffers and hands a kernel its own packing of them.
+# --- layers -----------------------------------------------------------------------------------------------------------
 
-    The packing is derived, so it is a plain attribute: made at first use, never stored, dropped when the buffers move.
-    Scales keep their type whatever the model is converted to.
-    """
+
+class QuantisedLinear(nn.Module, ABC):
+    """A linear layer that stores quantised weights as buffers. Scales keep their type whatever the model is converted to."""
+
+    quantised = True  # see linears
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
+
+    def plain(self) -> nn.Linear | None:
+        """Returns the layer with the same weights in float32 and no quantiser, which is what it counts as.
+
+        None where the model from before the conversion tells that.
+        """
+        return None
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class PackedLinear(QuantisedLinear):
+    """One that no kernel multiplies: each call unpacks its weights and does the ordinary product."""
+
+    bias: Tensor | None
+
+    @abstractmethod
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """Returns the weight (O, I) in ``dtype``."""
+
+    def activations(self, x: Tensor) -> Tensor:
+        """Returns x (..., I) as this layer's quantiser of activations leaves it; as it is without one."""
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., I) any floating type -> (..., O) same type."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(self.activations(x), self.dequantised(x.dtype), bias)
+
+    def plain(self) -> nn.Linear:
+        """Returns what it counts as and is timed as."""
+        return plain_linear(self.dequantised(torch.float32), self.bias)
+
+
+def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Returns a layer of weight (O, I) and bias (O,)."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone())
+    return linear
+
+
+def unquantised(model: nn.Module) -> nn.Module:
+    """Returns a copy with the :meth:`QuantisedLinear.plain` layers in it; the model itself where it has none.
+
+    That is the unquantised twin of a model that was quantised in its training, where none was stored.
+    """
+    plain = {name: part.plain() for name, part in model.named_modules() if isinstance(part, QuantisedLinear)}
+    found = {name: linear for name, linear in plain.items() if linear is not None}
+    if not found:
+        return model
+    twin = copy.deepcopy(model)
+    for name, linear in found.items():
+        twin.set_submodule(name, linear)
+    return twin.eval()
+
+
+class KernelLinear(QuantisedLinear):
+    """One that hands a kernel its own packing of the buffers.
+
+    The packing is derived, so it is a plain attribute: made at first use, never stored, dropped when the buffers move.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
         self._packing: Any = None
 
     @abstractmethod
@@ -115,6 +271,3 @@ class KernelLinear(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packing": None}
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"

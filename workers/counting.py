@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from workers.affine import KernelLinear
+from workers.affine import QuantisedLinear
 
 Shape = tuple[int, ...]
 
@@ -137,7 +137,9 @@ def count_params(model: nn.Module) -> int:
 
 def _refuse_packed(model: nn.Module, what: str) -> None:
     for name, part in model.named_modules():
-        if isinstance(part, KernelLinear) or type(part).__module__.startswith(("torch.ao.nn.", "torch.nn.quantized")):
+        if isinstance(part, QuantisedLinear) or type(part).__module__.startswith(
+            ("torch.ao.nn.", "torch.nn.quantized")
+        ):
             raise OpaqueKernel(
                 f"{what}: {name or 'the model'} is a {type(part).__name__}, whose packed weights hide what it computes; "
                 "count the model before its conversion, which has the same weights and products"

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from workers import artefact, counting, evaluation, stages
+from workers.affine import unquantised
 from workers.deadline import Deadline, DeadlineExceeded, guard
 from workers.lane import Lane
 from workers.peak_memory import NotTellable
@@ -141,7 +142,7 @@ def _stages_and_numbers(spec: TrialSpec, bench: stages.Workbench, outcome: _Outc
     outcome.conditions |= _conditions(bench, last.key)
     outcome.conditions |= bench.check_parity(last, model).for_row()
     shape = (1, bench.task.info.in_chans, bench.task.info.image_size, bench.task.info.image_size)
-    counted = model if twin is last else bench.load(twin.key)
+    counted = unquantised(model if twin is last else bench.load(twin.key))
     outcome.metrics["size_bytes"] = float(artefact.size_bytes(bench.folder(last.key)))
     outcome.metrics["params"] = float(counting.count_params(counted))
     outcome.metrics["macs"] = float(counting.count_macs(counted, shape))
@@ -247,7 +248,7 @@ def run_remeasure(spec: TrialSpec) -> tuple[Measurement, ...]:
     timed = plan[-2] if simulated and plan[-1].kind == "conversion" else plan[-1]
     if timed.key == bench.baseline_key:
         return ()
-    model = bench.load(timed.key)
+    model = unquantised(bench.load(timed.key)) if simulated else bench.load(timed.key)
     with bench.lane.exclusive():
         quantities = Quantities(bench, spec, model, plan[-1].key, is_baseline=False)
         return tuple(quantities.speed(kind) for kind, objective in SPEEDS.items() if objective in spec.objectives)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from workers import artefact, evaluation, models, parity, tasks, training
 from workers.deadline import Deadline
 from workers.lane import Lane
 from workers.lease import acquire
+from workers.once import OnceAStudy
 from workers.protocol import Context, Recipe, StageRun, Step, canonical_json, digest, without_locations
 from workers.storage import Storage
 from workers.tasks.image_classification import Task
@@ -167,7 +168,11 @@ class Workbench:
                 yield images, labels
 
         generator = torch.Generator().manual_seed(self.seed)
-        return Surroundings(self.device, self.seed, generator, batches, lambda: self.load(self.baseline_key), self.tick)
+        once = OnceAStudy(
+            self.storage, prefix(self.baseline_key), self.task.train, self.device, self.lane, self.deadline
+        )
+        teacher = partial(self.load, self.baseline_key)
+        return Surroundings(self.device, self.seed, generator, batches, teacher, self.tick, once)
 
     def checkpoints(self, stage: Stage) -> Checkpoints:
         """The states of a stage's training, which whoever runs the stage again goes on from."""

@@ -39,8 +39,16 @@ LESS: dict[str, tuple[str, ...]] = {
     "linformer": ("macs",),
     "scatterbrain": ("macs",),
     "precision": ("size_bytes",),
+    "qat": ("size_bytes",),
+    "lsq": ("size_bytes",),
+    "diffq": ("size_bytes",),
     "dynamic_int8": ("size_bytes",),
     "weight_only": ("size_bytes",),
+    "static_int8": ("size_bytes",),
+    "fq_vit": ("size_bytes",),
+    "smoothquant": ("size_bytes",),
+    "gptq": ("size_bytes",),
+    "repq_vit": ("size_bytes",),
 }
 """What each technique must make less."""
 

@@ -24,8 +24,16 @@ NAMES = (
     "linformer",
     "scatterbrain",
     "precision",
+    "qat",
+    "lsq",
+    "diffq",
     "dynamic_int8",
     "weight_only",
+    "static_int8",
+    "fq_vit",
+    "smoothquant",
+    "gptq",
+    "repq_vit",
 )
 
 GROUP = "vitpareto.techniques"

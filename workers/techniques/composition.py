@@ -34,6 +34,7 @@ FAMILY_OF = {
     "linformer": "low_rank_attention",
     "scatterbrain": "low_rank_attention",
     "precision": "precision",
+    "qat": "quantisation",
     "lsq": "quantisation",
     "diffq": "quantisation",
     "dynamic_int8": "quantisation",
@@ -70,6 +71,7 @@ class Rule:
 
 
 MERGERS = ("tome", "pitome")
+TRAINED_QUANTISERS = ("qat", "lsq", "diffq")
 NEED_ATTENTION_MAP = ("evit", "dynamicvit", "diffrate", "pumer")
 
 RULES = (
@@ -95,6 +97,18 @@ RULES = (
         MERGERS,
         "allowed",
         "log size is added before the logits are quantised, calibrated after the merging",
+    ),
+    Rule(
+        ("importance_prune",),
+        TRAINED_QUANTISERS,
+        "forbidden",
+        "both end with the same training: gates would be multiplied into weights whose levels are fixed",
+    ),
+    Rule(
+        ("precision",),
+        TRAINED_QUANTISERS,
+        "forbidden",
+        "the training fixes levels for float32, and packs the weights before they could be converted",
     ),
     Rule(("precision",), ("dynamic_int8",), "forbidden", "the dynamic int8 kernel takes float32 activations only"),
 )

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    Batches = Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]
+
 FAMILIES = ("distillation", "pruning", "token_reduction", "low_rank_attention", "precision", "quantisation")
 """Families in the order in which METHODS section 6 composes them; a recipe lists its steps in an order that the composition
 table allows."""
@@ -156,6 +158,8 @@ class Surroundings:
             pass, in a fixed order that depends on the seed only.
         teacher: builds the fine-tuned baseline in eval mode on ``device``.
         tick: call between chunks of work: honours the trial's deadline and lets a waiting measurement go first.
+        once_a_study: (file name, make) -> what ``make`` returned the first time in this study, kept beside the baseline.
+            ``make`` gets training images in an order that is the same for every trial. None outside a study.
     """
 
     device: torch.device
@@ -164,6 +168,7 @@ class Surroundings:
     batches: Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]
     teacher: Callable[[], nn.Module]
     tick: Callable[[], None] = lambda: None
+    once_a_study: Callable[[str, Callable[[Batches], bytes]], bytes] | None = None
 
 
 @dataclass

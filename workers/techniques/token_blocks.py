@@ -132,6 +132,9 @@ def attend(attn: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Seen]:
     Raises:
         TypeError: another attention, which computes something else.
     """
+    if hasattr(attn, "attend_quantised"):
+        out, q, k = attn.attend_quantised(x, bias)
+        return out, Seen(q, k, bias, attn.scale)
     if not isinstance(attn, Attention):
         raise TypeError(f"tokens are weighed and ranked by timm's Attention, found {type(attn).__name__}")
     B, N, _ = x.shape
