@@ -98,7 +98,9 @@ def test_run_prints_the_frontier_and_where_it_is(run: Run) -> None:
     assert lines[0].split() == ["trial_id", "top1_pct", "size_bytes", "top1_pct_drop", "probability", "label"]
     assert lines[-1] == f"results: {run.storage}/tiny"
     assert {r["trial_id"] for r in run.rows("pareto", "tiny")} == {line.split()[0] for line in lines[2:-1]}
-    assert lines[0].index("label") <= 80, "the numbers of two objectives fit a narrow terminal; labels are as long as they are"
+    assert lines[0].index("label") <= 80, (
+        "the numbers of two objectives fit a narrow terminal; labels are as long as they are"
+    )
 
 
 @pytest.mark.ray

@@ -74,17 +74,6 @@ REFUSALS = (
         "use --format torch-export or artefact, or a recipe with precision(dtype=fp16)",
         {"dtype": "bf16"},
     ),
-    *(
-        Refusal(
-            format_,
-            technique,
-            "torch.export takes no packed quantised weights, and the kernel of 8-bit integers takes no others",
-            "use --format artefact, or a recipe with other widths, which have no such kernel",
-            {"stored": "integers"},
-        )
-        for format_ in (ExportFormat.torch_export, ExportFormat.onnx)
-        for technique in ("qat", "lsq")
-    ),
 )
 
 
