@@ -1,0 +1,294 @@
+"""What the vision-language models share: the batch, the four tasks with their heads, attention, and reading a shape.
+
+A batch is a mapping of tensors, as a loader collates it:
+
+==================  ================================  =================================================================
+key                 shape and type                    meaning
+==================  ================================  =================================================================
+``pixel_values``    (B, 3, H, W) float32              normalised images; (B, 2, 3, H, W) for NLVR2, left image first
+``pixel_mask``      (B, [2,] H, W) bool or int        1 where an image has pixels, at its top left; absent: everywhere
+``input_ids``       (B, L) int64                      tokens, the class token first
+``attention_mask``  (B, L) bool or int                1 where a token is no padding; absent: everywhere
+``token_type_ids``  (B, L) int64                      BERT's sentence number; absent: 0
+==================  ================================  =================================================================
+
+A mask that is absent costs nothing and keeps the fastest attention kernels; one that is there is never inspected, only
+used, so that no value has to travel from the device.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from workers.models.timm_vit import ModelError
+
+Batch = Mapping[str, Tensor]
+Shape = TypeVar("Shape")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task asks of a model: how many images an example has, and how many logits (None: the data says)."""
+
+    images: int
+    num_classes: int | None
+
+
+TASKS: Mapping[str, Task] = {
+    "vqa": Task(images=1, num_classes=None),
+    "nlvr2": Task(images=2, num_classes=2),
+    "entailment": Task(images=1, num_classes=3),
+    "retrieval": Task(images=1, num_classes=1),
+}
+"""Retrieval has one score a pair of image and text."""
+
+
+# --- descriptions -----------------------------------------------------------------------------------------------------
+
+
+def describe(
+    family: str, shape: type[Shape], named: Mapping[str, Mapping[str, Any]], model: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the complete plain description of a model: ``family``, ``name`` and every value of ``create``.
+
+    Args:
+        family: the model family's name.
+        shape: its frozen dataclass of settings, where the defaults are.
+        named: settings of each known name that differ from the defaults.
+        model: ``name`` (None: the defaults) and ``create``, which overrides what the name sets.
+
+    Raises:
+        ModelError: every unknown name or setting, with the nearest known one, and every value that is refused.
+    """
+    name, create = model.get("name"), dict(model.get("create") or {})
+    known = [field.name for field in fields(shape)]  # type: ignore[arg-type]
+    faults = [f"model.create.{key} is no setting of {family}" + _near(key, known) for key in create if key not in known]
+    if name is not None and name not in named:
+        faults.append(f"model.name {name!r} is no {family}, known: {', '.join(named)}" + _near(name, list(named)))
+    if faults:
+        raise ModelError("; ".join(faults))
+    settings = {**(named[name] if name is not None else {}), **create}
+    return {"family": family, "name": name, "create": asdict(shape(**settings))}  # type: ignore[call-overload]
+
+
+def _near(word: object, known: list[str]) -> str:
+    near = difflib.get_close_matches(str(word), known, n=1)
+    return f"; nearest: {near[0]}" if near else ""
+
+
+def num_classes(task: str, given: int | None) -> int:
+    """Returns the number of logits of ``task``.
+
+    Raises:
+        ModelError: an unknown task, a VQA model without the size of its answer vocabulary, or a number that contradicts
+            the task.
+    """
+    if task not in TASKS:
+        raise ModelError(
+            f"model.create.task must be one of {', '.join(TASKS)}, got {task!r}" + _near(task, list(TASKS))
+        )
+    fixed = TASKS[task].num_classes
+    if fixed is None and given is None:
+        raise ModelError(f"model.create.num_classes: {task} needs the size of its answer vocabulary")
+    if fixed is not None and given not in (None, fixed):
+        raise ModelError(f"model.create.num_classes must be {fixed} for {task}, got {given}; leave it out")
+    found = given if fixed is None else fixed
+    if found is None or found < 1:
+        raise ModelError(f"model.create.num_classes must be at least 1, got {found}")
+    return found
+
+
+def require_multiples(settings: Mapping[str, int], pairs: Mapping[str, str]) -> None:
+    """Refuses settings of which one must be a multiple of another: ``{"embed_dim": "num_heads"}``.
+
+    Raises:
+        ModelError: names every pair that is not.
+    """
+    faults = [
+        f"model.create.{whole} must be a multiple of {part} {settings[part]}, got {settings[whole]}"
+        for whole, part in pairs.items()
+        if settings[part] < 1 or settings[whole] < 1 or settings[whole] % settings[part]
+    ]
+    if faults:
+        raise ModelError("; ".join(faults))
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def check_batch(batch: Batch, *, images: int, max_text_tokens: int, patch_size: int) -> None:
+    """Refuses a batch whose shapes the model cannot take; reads no values, so it costs nothing on a device.
+
+    Raises:
+        ValueError: names the key, the rule and the shape.
+    """
+    absent = [key for key in ("pixel_values", "input_ids") if key not in batch]
+    if absent:
+        raise ValueError(f"batch: {', '.join(absent)} is missing: an example is a text with its image")
+    pixels, ids = batch["pixel_values"], batch["input_ids"]
+    faults = []
+    if pixels.ndim != (4 if images == 1 else 5) or (images > 1 and pixels.shape[1] != images):
+        wanted = "(B, 3, H, W)" if images == 1 else f"(B, {images}, 3, H, W)"
+        faults.append(f"pixel_values must be {wanted} for this task, got {tuple(pixels.shape)}")
+    elif any(side % patch_size for side in pixels.shape[-2:]):
+        faults.append(f"pixel_values must have sides that are multiples of {patch_size}, got {tuple(pixels.shape)}")
+    if ids.ndim != 2 or ids.shape[0] != pixels.shape[0]:
+        faults.append(f"input_ids must be (B, L) with B {pixels.shape[0]} as pixel_values, got {tuple(ids.shape)}")
+    elif not 1 <= ids.shape[1] <= max_text_tokens:
+        faults.append(f"input_ids must have 1 to {max_text_tokens} tokens, got {ids.shape[1]}; truncate the texts")
+    like = {
+        "attention_mask": ids.shape,
+        "token_type_ids": ids.shape,
+        "pixel_mask": (*pixels.shape[:-3], *pixels.shape[-2:]),
+    }
+    faults += [
+        f"{key} must have shape {tuple(shape)}, got {tuple(batch[key].shape)}"
+        for key, shape in like.items()
+        if key in batch and batch[key].shape != shape
+    ]
+    if faults:
+        raise ValueError("batch: " + "; ".join(faults))
+
+
+def one_image(batch: Batch, image: int) -> Batch:
+    """Returns the batch with the ``image``-th picture of each example alone, for examples that have several."""
+    if batch["pixel_values"].ndim == 4:
+        return batch
+    return {key: value[:, image] if key in ("pixel_values", "pixel_mask") else value for key, value in batch.items()}
+
+
+def joined_mask(
+    text_mask: Tensor | None,  # (B, L)
+    image_mask: Tensor | None,  # (B, I)
+    text: Tensor,  # (B, L, C)
+    image: Tensor,  # (B, I, C)
+) -> Tensor | None:
+    """Returns the mask (B, L + I) of both modalities, None where neither has padding."""
+    if text_mask is None and image_mask is None:
+        return None
+    text_mask = text.new_ones(text.shape[:2], dtype=torch.bool) if text_mask is None else text_mask
+    image_mask = image.new_ones(image.shape[:2], dtype=torch.bool) if image_mask is None else image_mask
+    return torch.cat([text_mask, image_mask], dim=1)
+
+
+def text_mask(batch: Batch) -> Tensor | None:
+    """Returns where the text has tokens, (B, L) bool, None where it has no padding."""
+    mask = batch.get("attention_mask")
+    return None if mask is None else mask.bool()
+
+
+# --- modules ----------------------------------------------------------------------------------------------------------
+
+
+class FusedAttention(nn.Module):
+    """Multi-head attention of ``hidden`` to ``source`` (itself by default), always through PyTorch's fused kernel.
+
+    Transformers' ViLT computes it as two products and a softmax, which is slower and would flatter everything that is
+    measured against it. Parameter names are transformers'. ``scale`` is kept when dimensions are removed.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = embed_dim // num_heads
+        self.scale = self.head_dim**-0.5
+        self.query = nn.Linear(embed_dim, embed_dim)
+        self.key = nn.Linear(embed_dim, embed_dim)
+        self.value = nn.Linear(embed_dim, embed_dim)
+        self.dropout = dropout
+
+    def project(
+        self,
+        hidden: Tensor,  # (B, N, C)
+        source: Tensor | None = None,  # (B, S, C)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns queries (B, H, N, D), keys and values (B, H, S, D)."""
+        source = hidden if source is None else source
+        pairs = ((self.query, hidden), (self.key, source), (self.value, source))
+        q, k, v = (layer(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for layer, x in pairs)
+        return q, k, v
+
+    def attend(
+        self,
+        q: Tensor,  # (B, H, N, D)
+        k: Tensor,  # (B, H, S, D)
+        v: Tensor,  # (B, H, S, D)
+        mask: Tensor | None,  # (B, S) of the keys: bool, true where valid; or float, added to the logits
+    ) -> Tensor:
+        """Returns (B, N, H * D), heads side by side."""
+        if mask is not None:
+            mask = (mask if mask.dtype == torch.bool else mask.to(q.dtype))[:, None, None, :]
+        dropout = self.dropout if self.training else 0.0
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=self.scale)
+        return out.transpose(1, 2).flatten(2)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None, source: Tensor | None = None) -> Tensor:
+        return self.attend(*self.project(hidden, source), mask)
+
+
+class Pooler(nn.Module):
+    """tanh(W x + b) of the first token: (B, N, C) to (B, C). Transformers' ViltPooler has the same names."""
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        pooled: Tensor = torch.tanh(self.dense(hidden[:, 0]))
+        return pooled
+
+
+def task_head(task: str, pooled_dim: int, hidden_dim: int, classes: int) -> nn.Module:
+    """Returns the head on pooled features: one linear layer that scores a pair, else a classifier with one hidden layer.
+
+    Args:
+        pooled_dim: width of the pooled features of all images of an example together.
+        hidden_dim: width of the hidden layer, twice the model's width in both papers' releases.
+    """
+    if task == "retrieval":
+        return nn.Linear(pooled_dim, classes)
+    return nn.Sequential(
+        nn.Linear(pooled_dim, hidden_dim), nn.LayerNorm(hidden_dim), nn.GELU(), nn.Linear(hidden_dim, classes)
+    )
+
+
+def init_weights_(module: nn.Module, std: float = 0.02) -> None:
+    """Draws linear, convolution and embedding weights from N(0, std^2), BERT's 0.02; biases 0, norms 1."""
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.reset_parameters()
+        elif isinstance(part, nn.Linear | nn.Conv2d | nn.Embedding):
+            nn.init.normal_(part.weight, std=std)
+            if isinstance(part, nn.Linear | nn.Conv2d) and part.bias is not None:
+                nn.init.zeros_(part.bias)
+            if isinstance(part, nn.Embedding) and part.padding_idx is not None:
+                with torch.no_grad():
+                    part.weight[part.padding_idx].zero_()
+
+
+def resample_positions(
+    table: Tensor,  # (1 + g * g, C): the class token's row, then a square grid of patches in raster order
+    num_tokens: int,
+    *,
+    mode: str,  # "bilinear" (corners aligned, ViLT) or "bicubic" (METER)
+) -> Tensor:
+    """Returns the position embeddings (num_tokens, C) for another square grid of patches.
+
+    Raises:
+        ModelError: one of the two is no class token and a square.
+    """
+    old, new = (round((n - 1) ** 0.5) for n in (table.shape[0], num_tokens))
+    if old * old + 1 != table.shape[0] or new * new + 1 != num_tokens:
+        raise ModelError(f"position embeddings: {table.shape[0]} or {num_tokens} rows are no class token and a square")
+    if old == new:
+        return table
+    grid = table[1:].T.reshape(1, -1, old, old)
+    grid = functional.interpolate(grid, size=(new, new), mode=mode, align_corners=mode == "bilinear")
+    return torch.cat([table[:1], grid.flatten(2)[0].T])
