@@ -261,8 +261,8 @@ def techniques(format_: FormatOption = Format.table) -> None:
 # --- later ------------------------------------------------------------------------------------------------------------
 
 app.command(epilog="Example: vitpareto remeasure quick --times 8")(cli_remeasure.remeasure)
-app.command(epilog="Example: vitpareto reproduce quick 33c2")(cli_reproduce.reproduce)
-app.command(epilog="Example: vitpareto export quick 33c2 --format onnx exported")(cli_export.export)
+app.command(epilog="Example: vitpareto reproduce quick cb8b")(cli_reproduce.reproduce)
+app.command(epilog="Example: vitpareto export quick cb8b --format onnx exported")(cli_export.export)
 app.command(epilog="Example: vitpareto report quick -o report.html")(cli_report.report)
 
 # --- clusters ---------------------------------------------------------------------------------------------------------
