@@ -13,7 +13,6 @@ from tests.techniques.digits import SETTINGS, digits, learned
 from tests.techniques.models import VARIANTS, images, surroundings, vit
 from workers import evaluation
 from workers.affine import NotQuantisable
-from workers.export_formats import ExportFormat, refusal
 from workers.techniques.fake_quantise import EPS, Stored
 from workers.techniques.qat import MOMENTUM, TECHNIQUE, Config, ObservedRanges, grid
 from workers.training import train
@@ -131,16 +130,6 @@ def test_ranges_start_from_training_images() -> None:
     found: Any = TECHNIQUE.apply(model, Config(), around).model.blocks[0].attn.qkv
     assert float(found.input_low) == pytest.approx(float(seen[0].min()))
     assert float(found.input_high) == pytest.approx(float(seen[0].max()))
-
-
-@pytest.mark.parametrize("format_", [ExportFormat.torch_export, ExportFormat.onnx])
-def test_only_the_integer_kernel_is_refused_by_exports(format_: ExportFormat) -> None:
-    for bits, refused in ((8, True), (7, False)):
-        model, config = vit(), Config(weight_bits=bits)
-        resolved = TECHNIQUE.apply(model, config, surroundings(model)).resolved
-        resolved |= TECHNIQUE.finalise(model, config)  # type: ignore[misc]
-        reason = refusal(format_, [{"technique": "qat", "resolved": resolved}])
-        assert (reason is not None) is refused
 
 
 def test_a_nan_weight_is_not_packed() -> None:
