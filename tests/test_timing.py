@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from workers import timing
-from workers.timing import Arm, grow_batch, interleaved, paired_ratio
+from workers.timing import GROWTH_CALLS, Arm, grow_batch, interleaved, paired_ratio
 
 
 class Sleeper(nn.Module):
@@ -71,6 +71,20 @@ def test_growing_stops_where_nothing_is_gained() -> None:
     assert grown.largest <= grown.best + 8
     assert grown.ended == "no gain"
     assert grown.images_per_s[4] == pytest.approx(250, rel=0.3)
+
+
+def test_a_size_that_was_disturbed_while_growing_is_not_passed_over() -> None:
+    calls = 0
+
+    def model(batch: Tensor) -> None:
+        """10 ms and 1 ms an image; the first calls of 8 images, as many as growing makes, take a quarter longer."""
+        nonlocal calls
+        calls += len(batch) == 8
+        time.sleep((0.010 + 0.001 * len(batch)) * (1.25 if len(batch) == 8 and calls <= 1 + GROWTH_CALLS else 1.0))
+
+    grown = grow_batch(model, lambda size: torch.zeros(size, 1), start=2, step=2, most=8)
+    assert calls > 1 + GROWTH_CALLS
+    assert grown.best == 8
 
 
 def test_growing_stops_where_memory_is_out() -> None:

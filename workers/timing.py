@@ -35,6 +35,15 @@ GAIN = 1.01
 PATIENCE = 2
 """Batch sizes without a gain after which growing stops."""
 
+NEAR = 0.5
+"""Sizes with at least this share of the best throughput are timed again, in turn: growing times one after the other, from a
+cold start, and a size that was disturbed would be passed over for good."""
+
+NEAREST = 5
+"""Most sizes that are timed again."""
+
+CONFIRMING_ROUNDS = 5
+
 
 def synchronise(device: torch.device) -> None:
     """Waits until the device has done what it was asked for."""
@@ -114,7 +123,8 @@ def paired_ratio(own: NDArray[np.float64], baseline: NDArray[np.float64], resamp
 
 @dataclass(frozen=True)
 class Growth:
-    """What growing the batch found: the best size, the largest that ran, images/s by size, and why it ended."""
+    """What growing the batch found: the best size, the largest that ran, images/s by size (medians in turn for those near the
+    best, single calls for the others), and why it ended."""
 
     best: int
     largest: int
@@ -154,7 +164,19 @@ def grow_batch(call: Call, images: Callable[[int], Tensor], *, start: int, step:
             break
     with suppress(AttributeError, RuntimeError):
         torch.cuda.empty_cache()
-    return Growth(best, max(found), found, ended)
+    found |= _in_turn(call, images, found)
+    return Growth(max(found, key=found.__getitem__), max(found), found, ended)
+
+
+def _in_turn(call: Call, images: Callable[[int], Tensor], found: dict[int, float]) -> dict[int, float]:
+    """Returns images/s of the sizes near the best, timed in turn; nothing where there is one."""
+    limit = NEAR * max(found.values())
+    near = sorted((s for s in found if found[s] >= limit), key=found.__getitem__, reverse=True)[:NEAREST]
+    if len(near) == 1:
+        return {}
+    arms = [Arm(call, images(size), max(1, math.ceil(BLOCK_S * found[size] / size))) for size in near]
+    seconds = np.median(interleaved(arms, window_s=0.0, pairs=CONFIRMING_ROUNDS, warmup=0), axis=0)
+    return {size: size / float(once) for size, once in zip(near, seconds, strict=True)}
 
 
 def out_of_memory(error: BaseException) -> bool:
