@@ -125,6 +125,7 @@ class ModelInfo:
         num_heads, mlp_hidden: one entry a block; they differ after pruning.
         device: device kind the trial runs on, ``cpu`` or ``cuda``.
         has_qk_norm: queries and keys are normalised over the dimensions of a head.
+        num_text_tokens: of ``num_tokens`` those of the text, which come first; 0 for models of images alone.
     """
 
     family: str
@@ -145,6 +146,7 @@ class ModelInfo:
     params: int
     device: str = "cpu"
     has_qk_norm: bool = False
+    num_text_tokens: int = 0
 
 
 @dataclass
@@ -260,6 +262,7 @@ class Technique:
         calibrate: (model, config, surroundings) -> None, after the model is converted, token reduction active.
         simulated: config -> True where weights are really small but no integer kernel runs: no speed may be claimed.
         info_after: (info, config) -> info of the changed model, so that later steps are checked against it.
+        models: families of models that it works on, keys of :mod:`workers.models`; on others it is infeasible.
         source: paper, arXiv id, section.
     """
 
@@ -283,6 +286,7 @@ class Technique:
     calibrate: Callable[[nn.Module, Any, Surroundings], None] | None = None
     simulated: Callable[[Any], bool] = _never
     info_after: Callable[[ModelInfo, Any], ModelInfo] = field(default=lambda info, config: info)
+    models: tuple[str, ...] = ("timm",)
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
