@@ -269,3 +269,16 @@ def test_what_makes_no_batch_is_refused() -> None:
     for message, bad in cases.items():
         with pytest.raises(ValueError, match=message):
             model(bad)
+
+
+def test_several_texts_of_an_image_are_scored_as_pairs() -> None:
+    torch.manual_seed(0)
+    model = meter.create(meter.describe({"name": "meter_tiny", "create": {"task": "retrieval"}})).eval()
+    pairs = batch("retrieval", 6)
+    pairs["attention_mask"] = torch.arange(6)[None] < torch.tensor([6, 5, 4, 6, 3, 2])[:, None]
+    pixels = pairs["pixel_values"][:2]
+    several = {name: value.view(2, 3, -1) for name, value in pairs.items() if name != "pixel_values"}
+    with torch.inference_mode():
+        scored = model({"pixel_values": pixels, **several})
+        expected = model({**pairs, "pixel_values": pixels.repeat_interleave(3, dim=0)})
+    assert torch.allclose(scored.flatten(), expected[:, 0], atol=1e-6)

@@ -17,7 +17,7 @@ from transformers.models.vilt import modeling_vilt
 from tests.vision_language import CLASSES, batch, losses, macs, settings
 from workers.models import ModelError, vilt
 from workers.models import vision_language as vl
-from workers.models.vilt_release import from_library_state_dict, load_local_
+from workers.models.vilt_release import fetch, from_library_state_dict, load_local_
 
 TASKS = list(CLASSES)
 
@@ -356,3 +356,23 @@ def test_reduced_tokens_go_through_the_rest_of_the_model() -> None:
     found = model.encode(model.tokens(batch()))
     assert (found.hidden.shape, found.num_text, found.protected) == ((3, 12, 64), 3, (0, 3))
     assert model(batch()).shape == (3, 5)
+
+
+def test_several_texts_of_an_image_are_scored_as_pairs() -> None:
+    torch.manual_seed(0)
+    model = vilt.create(vilt.describe({"name": "vilt_tiny", "create": {"task": "retrieval"}})).eval()
+    pairs = batch("retrieval", 6)
+    pixels = pairs["pixel_values"][:2]
+    several = {"pixel_values": pixels, "input_ids": pairs["input_ids"].view(2, 3, -1)}
+    with torch.inference_mode():
+        scored = model(several)
+        expected = model({**pairs, "pixel_values": pixels.repeat_interleave(3, dim=0)})
+    assert scored.shape == (2, 3)
+    assert torch.equal(scored.flatten(), expected[:, 0])
+
+
+def test_published_weights_that_cannot_be_fetched_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"dandelin/vilt-b32-finetuned-nlvr2 could not be fetched.*model\.checkpoint"):
+        fetch("nlvr2")

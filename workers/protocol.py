@@ -33,6 +33,9 @@ INFRASTRUCTURE = frozenset({"worker_died", "node_lost", "preempted"})
 
 OBJECTIVES: Mapping[str, str] = {
     "top1_pct": "maximize",
+    "vqa_pct": "maximize",
+    "text_recall1_pct": "maximize",
+    "image_recall1_pct": "maximize",
     "size_bytes": "minimize",
     "params": "minimize",
     "macs": "minimize",
@@ -45,9 +48,14 @@ OBJECTIVES: Mapping[str, str] = {
 SPEED_OBJECTIVES = frozenset({"latency_ms_p50", "throughput_images_per_s"})
 """Objectives that are timed, hence comparable only within one device kind."""
 
-INTERVALS = ("top1_pct", "latency_ms_p50", "throughput_images_per_s", "peak_memory_bytes")
+ACCURACIES = ("top1_pct", "vqa_pct", "text_recall1_pct", "image_recall1_pct")
+"""Objectives in per cent of the search split, whose difference from the baseline is ``<name>_drop``. Which of them a study has
+is a matter of its task: VQA accuracy, recall at 1 of texts for images and of images for texts, else top-1 accuracy."""
+
+INTERVALS = (*ACCURACIES, "latency_ms_p50", "throughput_images_per_s", "peak_memory_bytes")
 """Objectives that are measured, hence have a 95 % interval: the metrics ``<name>_low`` and ``<name>_high``, in the same
-unit. The others are exact. Accuracy has a Wilson interval over the search split's images; a speed has the larger of its
+unit. The others are exact. Accuracy has a Wilson interval over the search split's examples (VQA accuracy, a mean of shares,
+a normal one); a speed has the larger of its
 bootstrap interval and the device's noise (an A/A measurement in fresh processes); the uncompressed baseline's speed is the
 unit that the others are measured in and has none."""
 

@@ -1,49 +1,71 @@
 """Models by family: build one, load its weights, describe its structure, and build that structure without weights.
 
 A model is given by the ``model`` section of a study: ``family``, ``name`` (None: built from ``create``),
-``pretrained``, ``checkpoint``, ``create``. Class count, channels and image size come from the data.
+``pretrained``, ``checkpoint``, ``create``. Class count, channels and image size come from the data, and for
+vision-language models the task and the vocabulary. A family is imported when it is asked for: those of vision-language
+models import transformers, which takes seconds.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
-from workers.models import timm_vit
+from workers.models import local_weights
 from workers.models.timm_vit import ModelError
 from workers.techniques.record import ModelInfo
 
 if TYPE_CHECKING:
     from workers.tasks import TaskInfo
 
-__all__ = ["ModelError", "build", "checkpoint_digest", "describe", "load_checkpoint_", "model_info", "skeleton"]
+__all__ = [
+    "FAMILIES",
+    "ModelError",
+    "build",
+    "checkpoint_digest",
+    "describe",
+    "load_checkpoint_",
+    "model_info",
+    "skeleton",
+]
 
-_FAMILIES = {"timm": timm_vit}
-_NAMES_SHOWN = 5
-_WRAPPERS = ("state_dict", "model", "model_state_dict")
+FAMILIES = {"timm": "timm_vit", "vilt": "vilt", "meter": "meter"}
+"""Family to its module here. Modules of a family other than timm name it in a class attribute ``family``."""
+
+_RELEASES = {"vilt": "vilt_release", "meter": "meter_release"}
+"""Families whose published weights have other names than ours: the module that reads both."""
 
 
 def _family(name: object) -> Any:
-    if name not in _FAMILIES:
-        raise ModelError(f"model.family must be one of {', '.join(_FAMILIES)}, got {name!r}")
-    return _FAMILIES[str(name)]
+    if name not in FAMILIES:
+        raise ModelError(f"model.family must be one of {', '.join(FAMILIES)}, got {name!r}")
+    return import_module(f"workers.models.{FAMILIES[str(name)]}")
 
 
 def describe(model: Mapping[str, Any], data: TaskInfo) -> dict[str, Any]:
     """Returns the plain values that say what the model's structure is: ``family``, ``name`` and complete ``create``.
 
-    No weights, no locations, nothing of the data besides class count, channels and image size.
+    No weights, no locations, nothing of the data besides class count, channels and image size, task and vocabulary.
 
     Raises:
-        ModelError: for a family that is not known, or ``create`` values that contradict the data.
+        ModelError: for a family that is not known, is not for this task, or ``create`` values that contradict the data.
     """
-    return _family(model.get("family", "timm")).describe(model, data)  # type: ignore[no-any-return]
+    family = model.get("family", "timm")
+    module = _family(family)
+    if (family == "timm") != (data.text is None):
+        fitting = "timm" if data.text is None else ", ".join(_RELEASES)
+        raise ModelError(f"model.family {family} is not for {data.task}: use {fitting}, or other data")
+    if family != "timm":
+        from workers.models import vision_language
+
+        model = vision_language.with_facts(model, data, module.describe)
+        return module.describe(model)  # type: ignore[no-any-return]
+    return module.describe(model, data)  # type: ignore[no-any-return]
 
 
 def skeleton(description: Mapping[str, Any]) -> nn.Module:
@@ -59,7 +81,7 @@ def build(model: Mapping[str, Any], data: TaskInfo, *, device: str = "cpu") -> n
 
     Args:
         model: model section of the study.
-        data: class count, channels and image size.
+        data: class count, channels and image size; task and vocabulary.
         device: where the module lies; ``meta`` gives the structure alone.
 
     Raises:
@@ -68,86 +90,54 @@ def build(model: Mapping[str, Any], data: TaskInfo, *, device: str = "cpu") -> n
     description = describe(model, data)
     if device == "meta":
         return skeleton(description)
-    pretrained = bool(model.get("pretrained")) and not model.get("checkpoint")
-    module: nn.Module = _family(description["family"]).create(description, pretrained=pretrained)
-    if model.get("checkpoint"):
-        load_checkpoint_(module, model["checkpoint"])
+    family, checkpoint = description["family"], model.get("checkpoint")
+    pretrained = bool(model.get("pretrained")) and not checkpoint
+    module: nn.Module
+    if family not in _RELEASES:
+        module = _family(family).create(description, pretrained=pretrained)
+        if checkpoint:
+            load_checkpoint_(module, checkpoint)
+        return module.to(device)
+    module = _family(family).create(description)
+    release = import_module(f"workers.models.{_RELEASES[family]}")
+    if pretrained:
+        checkpoint = release.fetch(data.task)
+    if checkpoint:  # a model that is to be fine-tuned gets a new head where the weights are a release's
+        release.load_local_(module, checkpoint, fresh_head=bool(model.get("train")))
     return module.to(device)
 
 
 def model_info(module: nn.Module, device: str = "cpu") -> ModelInfo:
     """Returns the facts that techniques judge by, read from the module itself, so that they hold after pruning."""
-    return timm_vit.model_info(module, device)
+    return _family(getattr(module, "family", "timm")).model_info(module, device)  # type: ignore[no-any-return]
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
 def checkpoint_digest(path: str | Path) -> str:
-    """Returns the SHA-256 of the checkpoint's bytes in hexadecimal.
+    """Returns the SHA-256 of the checkpoint's bytes in hexadecimal; of a folder's files of weights with their names.
 
     Raises:
-        ModelError: if the file cannot be read.
+        ModelError: if a file cannot be read.
     """
+    path = Path(path).expanduser()
     try:
-        with Path(path).expanduser().open("rb") as file:
+        if path.is_dir():
+            files = local_weights.files(path)
+            found = [[file.name, checkpoint_digest(file)] for file in files]
+            return hashlib.sha256(repr(found).encode()).hexdigest()
+        with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ModelError(f"checkpoint {path}: cannot be read: {error.strerror or error}") from error
 
 
 def load_checkpoint_(module: nn.Module, path: str | Path) -> None:
-    """Loads weights into ``module`` in place: ``.safetensors``, or ``.pth``/``.pt``/``.bin`` that holds tensors only.
-
-    A dict that wraps them as ``state_dict``, ``model`` or ``model_state_dict`` is unwrapped. Every key must match.
+    """Loads weights into ``module`` in place: see :func:`workers.models.local_weights.read_tensors`. Every key must match.
 
     Raises:
         ModelError: the file is unreadable, holds pickled code, or its names or shapes are not those of the model. The
             module is then unchanged.
     """
-    weights = _read_weights(Path(path).expanduser())
-    faults = _mismatches(module.state_dict(), weights)
-    if faults:
-        raise ModelError(f"checkpoint {path} does not fit the model: " + "; ".join(faults))
-    module.load_state_dict(weights)
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a checkpoint by name; no code in the file is ever run."""
-    if not path.is_file():
-        raise ModelError(f"checkpoint {path}: there is no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file raises anything
-        raise ModelError(
-            f"checkpoint {path}: refused: it is damaged, or holds more than tensors, and reading that could run code; save "
-            f"the state dict alone, best as .safetensors ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
-        ) from error
-    for key in _WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ModelError(f"checkpoint {path}: must hold a state dict, names to tensors; save model.state_dict()")
-    return content
-
-
-def _mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """Returns every way in which the names and shapes of ``found`` differ from ``expected``."""
-    shapes = [
-        f"{k} is {tuple(found[k].shape)}, the model has {tuple(expected[k].shape)}"
-        for k in expected
-        if k in found and found[k].shape != expected[k].shape
-    ]
-    kinds = {
-        "missing": [k for k in expected if k not in found],
-        "unexpected": [k for k in found if k not in expected],
-        "wrong shape": shapes,
-    }
-    return [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names]
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    local_weights.fit_(module, local_weights.read_tensors(path), f"checkpoint {path}")

@@ -24,26 +24,35 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: ``.safetensors``, or ``.ckpt``/``.pth``/``.pt``/``.bin`` that hold tensors and plain values only, with the
-            state dict at the top or under ``state_dict`` or ``model``; or a folder with ``model.safetensors`` (one file
+            state dict at the top or under ``state_dict``, ``model`` or ``model_state_dict``; or a folder with ``model.safetensors`` (one file
             or shards with their index) or ``pytorch_model.bin``.
 
     Raises:
         ModelError: nothing there, damaged, or reading it could run code.
     """
     path = Path(path).expanduser()
+    return {name: tensor for file in files(path) for name, tensor in _read_file(file).items()}
+
+
+def files(path: Path) -> list[Path]:
+    """Returns the files in which the weights of :func:`read_tensors` lie: the file itself, or those of a folder.
+
+    Raises:
+        ModelError: there are none, or a folder's index is damaged or points outside of it.
+    """
     if path.is_dir():
         if (path / _INDEX).is_file():
-            return _read_shards(path)
+            return [path / shard for shard in _shards(path)]
         found = [path / name for name in _FILES if (path / name).is_file()]
         if not found:
             raise ModelError(f"weights {path}: the folder must hold {' or '.join(_FILES)}")
         path = found[0]
     if not path.is_file():
         raise ModelError(f"weights {path}: there is no such file or folder")
-    return _read_file(path)
+    return [path]
 
 
-def _read_shards(folder: Path) -> dict[str, Tensor]:
+def _shards(folder: Path) -> list[str]:
     try:
         names = set(json.loads((folder / _INDEX).read_text())["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -51,10 +60,12 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise ModelError(f"weights {folder / _INDEX}: shards must lie in the same folder, got {', '.join(outside)}")
-    return {name: tensor for shard in sorted(names) for name, tensor in read_tensors(folder / shard).items()}
+    return sorted(names)
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ModelError(f"weights {path}: there is no such file or folder")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

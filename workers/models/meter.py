@@ -259,7 +259,7 @@ def _cross_config(shape: MeterShape) -> RobertaConfig:
 
 
 class Meter(nn.Module):
-    """METER with one task's head: a batch to float32 logits (B, num_classes).
+    """METER with one task's head: a batch to float32 logits (B, num_classes), or (B, T) for T texts with each image.
 
     The head sees the pooled text and image features side by side. NLVR2 fuses the text with each image, the second one
     under its own modality embedding, and classifies all four, left image first (section 4.1).
@@ -303,7 +303,7 @@ class Meter(nn.Module):
     def encode_text(self, batch: vl.Batch) -> tuple[Tensor, Tensor | None]:
         """Returns text features (B, L, C) before any fusion, and their mask; they do not depend on the image."""
         mask = vl.text_mask(batch)
-        hidden = self.text_transform(self.text_encoder(batch["input_ids"], mask))
+        hidden = self.text_transform(self.text_encoder(vl.text_part(batch, "input_ids"), mask))
         return hidden + self.token_type_embeddings.weight[TEXT_TYPE], mask
 
     def encode_image(self, batch: vl.Batch, image: int = 0) -> tuple[Tensor, Tensor | None]:
@@ -337,11 +337,10 @@ class Meter(nn.Module):
             ValueError: a batch whose shapes do not fit the model.
         """
         shape = self.shape
-        vl.check_batch(batch, images=self.images, max_text_tokens=shape.max_text_tokens, patch_size=shape.patch_size)
+        vl.check_batch(batch, task=self.task, max_text_tokens=shape.max_text_tokens, patch_size=shape.patch_size)
         text, text_mask = self.encode_text(batch)
         pooled = []
         for image in range(self.images):
-            features, image_mask = self.encode_image(batch, image)
+            features, image_mask = vl.for_each_text(*self.encode_image(batch, image), len(text))
             pooled.append(self.pool(self.encode(CrossTokens(text, features, text_mask, image_mask))))
-        logits: Tensor = self.head(torch.cat(pooled, dim=-1)).float()
-        return logits
+        return vl.scores(self.head(torch.cat(pooled, dim=-1)), batch)

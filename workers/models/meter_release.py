@@ -172,3 +172,14 @@ def load_local_(model: Meter, path: str | Path, *, fresh_head: bool = False) -> 
     if any(name.startswith("cross_modal_") for name in weights):
         weights = from_release_state_dict(weights, model, fresh_head=fresh_head)
     local_weights.fit_(model, weights, f"weights {path}")
+
+
+def fetch(task: str) -> Path:
+    """Refuses: the release is no model of a hub, its files lie beside its code.
+
+    Raises:
+        ModelError: always.
+    """
+    raise ModelError(
+        "model meter: published weights are not fetched by name; download the paper's release and give model.checkpoint its file"
+    )

@@ -158,11 +158,13 @@ class JointEmbeddings(nn.Module):
 
     def forward(self, batch: vl.Batch, image_type: int) -> JointTokens:
         """Returns the tokens of one-image examples; see :mod:`workers.models.vision_language` for the batch."""
-        text = self.text_embeddings(input_ids=batch["input_ids"], token_type_ids=batch.get("token_type_ids"))
+        ids, types = vl.text_part(batch, "input_ids"), vl.text_part(batch, "token_type_ids")
+        text = self.text_embeddings(input_ids=ids, token_type_ids=types)
         image, image_mask = self.image(batch["pixel_values"], batch.get("pixel_mask"))
+        image, image_mask = vl.for_each_text(image, image_mask, len(text))
         mask = vl.joined_mask(vl.text_mask(batch), image_mask, text, image)
-        types = self.token_type_embeddings.weight
-        hidden = torch.cat([text + types[TEXT_TYPE], image + types[image_type]], dim=1)
+        kinds = self.token_type_embeddings.weight
+        hidden = torch.cat([text + kinds[TEXT_TYPE], image + kinds[image_type]], dim=1)
         return JointTokens(hidden, mask, text.shape[1])
 
     def image(
@@ -268,7 +270,7 @@ class JointLayer(nn.Module):
 
 
 class Vilt(nn.Module):
-    """ViLT with one task's head: a batch to float32 logits (B, num_classes).
+    """ViLT with one task's head: a batch to float32 logits (B, num_classes), or (B, T) for T texts with each image.
 
     NLVR2 runs the text with each image, the second one under its own modality embedding, and classifies both pooled
     features side by side, left image first (section 4.3).
@@ -314,10 +316,9 @@ class Vilt(nn.Module):
             ValueError: a batch whose shapes do not fit the model.
         """
         shape = self.shape
-        vl.check_batch(batch, images=self.images, max_text_tokens=shape.max_text_tokens, patch_size=shape.patch_size)
+        vl.check_batch(batch, task=self.task, max_text_tokens=shape.max_text_tokens, patch_size=shape.patch_size)
         pooled = [self.pooler(self.encode(self.tokens(batch, image)).hidden) for image in range(self.images)]
-        logits: Tensor = self.head(torch.cat(pooled, dim=-1)).float()
-        return logits
+        return vl.scores(self.head(torch.cat(pooled, dim=-1)), batch)
 
 
 def _library_config(shape: ViltShape) -> ViltConfig:

@@ -26,6 +26,31 @@ _BUFFERS = ("position_ids", "token_type_ids")
 """Pretraining heads and counters, which transformers' checkpoints may hold and no task needs."""
 
 
+HUB = {"nlvr2": "dandelin/vilt-b32-finetuned-nlvr2", "retrieval": "dandelin/vilt-b32-finetuned-flickr30k"}
+"""The authors' fine-tuned weights by task, where the head means the same for everybody."""
+
+HUB_PRETRAINED = "dandelin/vilt-b32-mlm"
+"""Their pretrained weights, to be fine-tuned on any other task."""
+
+
+def fetch(task: str) -> Path:
+    """Downloads the authors' weights for a task from the Hugging Face hub, once; returns the folder in its cache.
+
+    Raises:
+        ModelError: the hub cannot be reached and the cache does not have them.
+    """
+    from huggingface_hub import snapshot_download
+
+    name = HUB.get(task, HUB_PRETRAINED)
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "pytorch_model.bin"]))
+    except OSError as error:
+        raise ModelError(
+            f"model vilt: the weights {name} could not be fetched ({str(error).splitlines()[0]}); connect to the network, "
+            "fill the Hugging Face cache (HF_HOME), or give model.checkpoint a local file or folder"
+        ) from error
+
+
 def from_library_state_dict(
     library: Mapping[str, Tensor], model: Vilt, *, fresh_head: bool = False
 ) -> dict[str, Tensor]:

@@ -7,9 +7,10 @@ key                 shape and type                    meaning
 ==================  ================================  =================================================================
 ``pixel_values``    (B, 3, H, W) float32              normalised images; (B, 2, 3, H, W) for NLVR2, left image first
 ``pixel_mask``      (B, [2,] H, W) bool or int        1 where an image has pixels, at its top left; absent: everywhere
-``input_ids``       (B, L) int64                      tokens, the class token first
-``attention_mask``  (B, L) bool or int                1 where a token is no padding; absent: everywhere
-``token_type_ids``  (B, L) int64                      BERT's sentence number; absent: 0
+``input_ids``       (B, L) int64                      tokens, the class token first; for retrieval also (B, T, L):
+                                                      T texts to be scored with each image
+``attention_mask``  as ``input_ids``, bool or int     1 where a token is no padding; absent: everywhere
+``token_type_ids``  as ``input_ids``, int64           BERT's sentence number; absent: 0
 ==================  ================================  =================================================================
 
 A mask that is absent costs nothing and keeps the fastest attention kernels; one that is there is never inspected, only
@@ -19,17 +20,21 @@ used, so that no value has to travel from the device.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from workers.inputs import Inputs
 from workers.models.timm_vit import ModelError
 
-Batch = Mapping[str, Tensor]
+if TYPE_CHECKING:
+    from workers.tasks import TaskInfo
+
+Batch = Mapping[str, Tensor] | Inputs
 Shape = TypeVar("Shape")
 
 
@@ -44,6 +49,7 @@ class Task:
 TASKS: Mapping[str, Task] = {
     "vqa": Task(images=1, num_classes=None),
     "nlvr2": Task(images=2, num_classes=2),
+    "nlvr1": Task(images=1, num_classes=2),
     "entailment": Task(images=1, num_classes=3),
     "retrieval": Task(images=1, num_classes=1),
 }
@@ -76,6 +82,46 @@ def describe(
         raise ModelError("; ".join(faults))
     settings = {**(named[name] if name is not None else {}), **create}
     return {"family": family, "name": name, "create": asdict(shape(**settings))}  # type: ignore[call-overload]
+
+
+def with_facts(
+    model: Mapping[str, Any], data: TaskInfo, describe_family: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns a model section whose ``create`` holds what the data says: task, logits, image size, vocabulary.
+
+    The model's ``max_text_tokens`` may be more than the data's, as that of published weights is; so may ``vocab_size``.
+
+    Args:
+        describe_family: ``describe`` of the family's module.
+
+    Raises:
+        ModelError: ``create`` values that are refused, or contradict the data.
+    """
+    if data.text is None:
+        raise ModelError(f"{data.task} has no texts, which the model needs")
+    create = dict(model.get("create") or {})
+    facts = {"task": data.task, "img_size": data.image_size, "in_chans": data.in_chans}
+    if TASKS[data.task].num_classes is None:
+        facts["num_classes"] = data.num_classes
+    faults = [
+        f"model.create.{key} must be the data's {value}, got {create[key]}; leave it out"
+        for key, value in facts.items()
+        if create.get(key, value) != value
+    ]
+    least = {"vocab_size": data.text.vocab_size, "max_text_tokens": data.text.max_tokens}
+    faults += [
+        f"model.create.{key} must be at least the data's {value}, got {create[key]}"
+        for key, value in least.items()
+        if create.get(key, value) < value
+    ]
+    if faults:
+        raise ModelError("; ".join(faults))
+    whole = describe_family({"name": model.get("name"), "create": {**create, **facts}})["create"]
+    facts["vocab_size"] = create.get("vocab_size", data.text.vocab_size)
+    facts["max_text_tokens"] = max(whole["max_text_tokens"], data.text.max_tokens)
+    if "pad_id" in whole:
+        facts["pad_id"] = data.text.pad_id
+    return {**model, "create": {**create, **facts}}
 
 
 def _near(word: object, known: list[str]) -> str:
@@ -123,7 +169,7 @@ def require_multiples(settings: Mapping[str, int], pairs: Mapping[str, str]) -> 
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-def check_batch(batch: Batch, *, images: int, max_text_tokens: int, patch_size: int) -> None:
+def check_batch(batch: Batch, *, task: str, max_text_tokens: int, patch_size: int) -> None:
     """Refuses a batch whose shapes the model cannot take; reads no values, so it costs nothing on a device.
 
     Raises:
@@ -132,17 +178,18 @@ def check_batch(batch: Batch, *, images: int, max_text_tokens: int, patch_size: 
     absent = [key for key in ("pixel_values", "input_ids") if key not in batch]
     if absent:
         raise ValueError(f"batch: {', '.join(absent)} is missing: an example is a text with its image")
-    pixels, ids = batch["pixel_values"], batch["input_ids"]
+    pixels, ids, images = batch["pixel_values"], batch["input_ids"], TASKS[task].images
     faults = []
     if pixels.ndim != (4 if images == 1 else 5) or (images > 1 and pixels.shape[1] != images):
         wanted = "(B, 3, H, W)" if images == 1 else f"(B, {images}, 3, H, W)"
         faults.append(f"pixel_values must be {wanted} for this task, got {tuple(pixels.shape)}")
     elif any(side % patch_size for side in pixels.shape[-2:]):
         faults.append(f"pixel_values must have sides that are multiples of {patch_size}, got {tuple(pixels.shape)}")
-    if ids.ndim != 2 or ids.shape[0] != pixels.shape[0]:
-        faults.append(f"input_ids must be (B, L) with B {pixels.shape[0]} as pixel_values, got {tuple(ids.shape)}")
-    elif not 1 <= ids.shape[1] <= max_text_tokens:
-        faults.append(f"input_ids must have 1 to {max_text_tokens} tokens, got {ids.shape[1]}; truncate the texts")
+    if ids.ndim not in ((2, 3) if task == "retrieval" else (2,)) or ids.shape[0] != pixels.shape[0]:
+        wanted = "(B, L) or (B, T, L)" if task == "retrieval" else "(B, L)"
+        faults.append(f"input_ids must be {wanted} with B {pixels.shape[0]} as pixel_values, got {tuple(ids.shape)}")
+    elif not 1 <= ids.shape[-1] <= max_text_tokens:
+        faults.append(f"input_ids must have 1 to {max_text_tokens} tokens, got {ids.shape[-1]}; truncate the texts")
     like = {
         "attention_mask": ids.shape,
         "token_type_ids": ids.shape,
@@ -155,6 +202,26 @@ def check_batch(batch: Batch, *, images: int, max_text_tokens: int, patch_size: 
     ]
     if faults:
         raise ValueError("batch: " + "; ".join(faults))
+
+
+def text_part(batch: Batch, name: str) -> Tensor | None:
+    """Returns a tensor of the texts, (B, L), or (B * T, L) where T of them are scored with each image; None where absent."""
+    found = batch.get(name)
+    return found if found is None else found.flatten(0, -2)
+
+
+def for_each_text(image: Tensor, mask: Tensor | None, texts: int) -> tuple[Tensor, Tensor | None]:
+    """Returns (texts, I, C) and (texts, I): each image's tokens (B, I, C) and mask in a row for its T = texts / B texts."""
+    if len(image) == texts:
+        return image, mask
+    each = texts // len(image)
+    image = image.repeat_interleave(each, dim=0, output_size=texts)
+    return image, None if mask is None else mask.repeat_interleave(each, dim=0, output_size=texts)
+
+
+def scores(logits: Tensor, batch: Batch) -> Tensor:
+    """Returns the float32 logits of a batch, (B, classes), or (B, T) where T texts were scored with each image."""
+    return (logits if batch["input_ids"].ndim == 2 else logits.view(batch["input_ids"].shape[:2])).float()
 
 
 def one_image(batch: Batch, image: int) -> Batch:
@@ -180,7 +247,7 @@ def joined_mask(
 
 def text_mask(batch: Batch) -> Tensor | None:
     """Returns where the text has tokens, (B, L) bool, None where it has no padding."""
-    mask = batch.get("attention_mask")
+    mask = text_part(batch, "attention_mask")
     return None if mask is None else mask.bool()
 
 
