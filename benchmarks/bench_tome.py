@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from workers import models, strong_baseline, timing
 from workers.conditions import device_conditions, device_name, threads
 from workers.counting import count_macs
-from workers.measurement import make_images
+from workers.measurement import make_inputs
 from workers.protocols import PROTOCOLS
 from workers.tasks import TaskInfo
 from workers.techniques.record import Surroundings
@@ -97,7 +97,7 @@ def tokens_left(model: Any, r: int) -> int:
 
 def measure(case: Case, kind: str, settings: Mapping[str, Any], device: torch.device) -> Iterator[str]:
     """Yields the lines of the table of one model and kind of speed."""
-    model, images = build(case, str(device)), partial(make_images, info(case), device)
+    model, images = build(case, str(device)), partial(make_inputs, info(case), device)
     say(f"{case.name}, {kind}: the ways to run it unmerged")
     strong = strong_baseline.find(kind, model, settings, images, device_name(device))
     arms: dict[str, timing.Arm] = {}
@@ -118,12 +118,12 @@ def measure(case: Case, kind: str, settings: Mapping[str, Any], device: torch.de
         warmup=int(settings["warmup"]),
         most=most,
     )
-    speeds = np.array([len(arm.images) for arm in arms.values()]) / timed
+    speeds = np.array([len(arm.inputs) for arm in arms.values()]) / timed
     yield f"\n**{case.name}, {case.size} px, {kind}**; strong baseline: {strong.way}. {ways(strong)}; {len(timed)} rounds.\n"
     unit = "ms" if kind == "latency" else "images/s"
     yield f"| merging | tokens left | batch | {unit} | speed-up | 95 % | MACs | published |"
     yield "|---|---|---|---|---|---|---|---|"
-    yield from rows(case, kind, [len(arm.images) for arm in arms.values()], speeds)
+    yield from rows(case, kind, [len(arm.inputs) for arm in arms.values()], speeds)
 
 
 def best_batch(model: nn.Module, way: str, settings: Mapping[str, Any], images: Callable[[int], Tensor]) -> int:

@@ -92,13 +92,13 @@ def report_split(sweep: Sweep, progress: Progress) -> None:
     remote = _remote(sweep, _report)
     for spec, found in [(s, remote.remote(s.to_dict())) for s in wanted]:
         try:
-            sweep.ledger.write_report(spec.trial_id, spec.recipe.hash, ray.get(found))
+            sweep.ledger.write_report(spec.trial_id, spec.recipe.hash, *ray.get(found))
         except RayError as error:
             log.warning("%s was not evaluated on the report split; a resume tries again: %s", spec.trial_id, error)
 
 
-def _report(values: dict[str, Any]) -> Mapping[str, Any]:
-    return asdict(run_report(TrialSpec.from_dict(values)))
+def _report(values: dict[str, Any]) -> list[Mapping[str, Any]]:
+    return [asdict(found) for found in run_report(TrialSpec.from_dict(values))]
 
 
 def _remote(sweep: Sweep, function: Any) -> Any:

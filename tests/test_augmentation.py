@@ -18,7 +18,8 @@ from workers.training_settings import TrainingSettings
 def augmentation(seed: int = 0, **settings: Any) -> Augmentation:
     needed = {"epochs": 1, "batch_size": 8, "lr": 0.1, "weight_decay": 0.0, "warmup_fraction": 0.0}
     given = TrainingSettings.read({**needed, "optimizer": "sgd", "schedule": "cosine", **settings})
-    return Augmentation(given, seed, np.zeros((1, 8, 8, 3), dtype=np.uint8), (0.5,) * 3, num_classes=4)
+    split = Split(np.zeros((1, 8, 8, 3), dtype=np.uint8), np.zeros(1, dtype=np.int64), (0.5,) * 3, (1.0,) * 3)
+    return Augmentation(given, seed, split, num_classes=4)
 
 
 def batch(count: int = 8) -> tuple[Tensor, Tensor]:

@@ -190,7 +190,7 @@ def test_the_model_is_left_as_it_was() -> None:
     before = [part.training for part in model.modules()]
     count_macs(model, SMALL)
     assert [part.training for part in model.modules()] == before
-    with pytest.raises(ValueError, match="batch 1, the count is of one image"):
+    with pytest.raises(ValueError, match="a batch of 1, the count is of one example"):
         count_macs(model, (2, 3, 16, 16))
 
 

@@ -36,7 +36,9 @@ def test_accuracy_counts_what_is_right() -> None:
     ticks: list[int] = []
     model = Table(rows).train()
     found = evaluate(model, make_split([0, 1, 2, 2, 2]), device="cpu", batch_size=2, tick=lambda: ticks.append(1))
-    assert (found.correct, found.total, found.top1_pct) == (3, 5, 60.0)
+    (accuracy,) = found.accuracies
+    assert (accuracy.metric, accuracy.correct, accuracy.total, accuracy.pct) == ("top1_pct", 3, 5, 60.0)
+    assert found.correct == 3
     assert len(ticks) == 3
     assert model.training
     assert found.logits_digest == evaluate(model, make_split([0] * 5), device="cpu").logits_digest

@@ -90,7 +90,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
         assert result.status == "ok", result.failure
         ledger.write_attempt(attempt_row(spec, result, None))
         if name in ("baseline", "int4"):
-            ledger.write_report(spec.trial_id, recipe.hash, asdict(run_report(spec)))
+            ledger.write_report(spec.trial_id, recipe.hash, *map(asdict, run_report(spec)))
     elsewhere = replace(context, data={**context.data, "kind": "imagefolder", "path": "/nowhere/photographs"})
     moved = replace(spec, trial_id=trial_id(recipe, 0, elsewhere, versions()), context=elsewhere)
     trials["moved"] = moved.trial_id
@@ -503,7 +503,7 @@ def test_the_header_holds_only_what_is_known(study: Study, tmp_path: Path) -> No
     assert "1. `tome`: " in body
     assert "2. `weight_only`: " in body
     report = next(m for m in study.ledger.measurements().to_pylist() if m["kind"] == "accuracy_report")
-    assert f"| Top-1 accuracy, report split (100 images) | {report['value']:.2f} % | " in body
+    assert f"| Top-1 accuracy, report split (100 examples) | {report['value']:.2f} % | " in body
     for fact in (row["attempt_id"], row["provenance"]["data_digest"], row["provenance"]["versions"]["torch"]):
         assert fact in body
     assert "No speed and no memory was measured" in body

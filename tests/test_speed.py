@@ -17,7 +17,7 @@ from tests.studies import tiny_study
 from tests.test_timing import Sleeper
 from workers import strong_baseline
 from workers.conditions import dtypes, fused
-from workers.measurement import Subject, half_width, make_images, measure_speed
+from workers.measurement import Subject, half_width, make_inputs, measure_speed
 from workers.protocol import Measurement, Recipe, Step, TrialResult, TrialSpec, trial_id
 from workers.protocols import PROTOCOLS
 from workers.run import run_remeasure, run_trial
@@ -159,7 +159,7 @@ class FasterInHalf(nn.Module):
 
 @pytest.mark.parametrize("kind", ["latency", "throughput"])
 def test_the_fastest_way_is_found_and_the_others_are_told(kind: str) -> None:
-    found = strong_baseline.find(kind, FasterInHalf(), SETTINGS, lambda batch: make_images(INFO, CPU, batch), "test")
+    found = strong_baseline.find(kind, FasterInHalf(), SETTINGS, lambda batch: make_inputs(INFO, CPU, batch), "test")
     assert found.way == "bf16"
     assert found.value == found.ways["bf16"]
     assert found.value == pytest.approx(10 if kind == "latency" else 800, rel=0.3)

@@ -68,7 +68,7 @@ def test_growing_stops_where_nothing_is_gained() -> None:
     flat = Sleeper(0.0, per_image_s=0.004)  # a cost an image: none does
     grown = torch.inference_mode()(grow_batch)(flat, images, start=4, step=4, most=400)
     assert grown.best <= 12
-    assert grown.largest <= grown.best + 8
+    assert grown.largest <= 40
     assert grown.ended == "no gain"
     assert grown.images_per_s[4] == pytest.approx(250, rel=0.3)
 

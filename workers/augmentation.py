@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from workers.inputs import Inputs
+from workers.tasks.batches import LabelledData, Split
 from workers.training_settings import TrainingSettings
 
 POLICY = "rand-m9-mstd0.5-mmax9-inc1"
@@ -115,13 +117,11 @@ class Augmentation:
         distortion: of single images before batching, or None.
     """
 
-    def __init__(
-        self, settings: TrainingSettings, seed: int, images: NDArray[Any], mean: tuple[float, ...], num_classes: int
-    ) -> None:
+    def __init__(self, settings: TrainingSettings, seed: int, split: LabelledData, num_classes: int) -> None:
         """Prepares.
 
         Args:
-            images: (N, H, W, C) of the training split; its type and channels are looked at.
+            split: of training; type and channels of its images are looked at. Others than images stay as they are.
 
         Raises:
             ValueError: RandAugment for images that are not uint8 of 1 or 3 channels.
@@ -129,13 +129,14 @@ class Augmentation:
         self.settings, self.seed, self.num_classes = settings, seed, num_classes
         self.distortion: Distortion | None = None
         self._mixup: Any = None
-        if settings.augment == "randaugment":
+        if settings.augment == "randaugment" and isinstance(split, Split):
+            images = split.images
             if images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
                 raise ValueError(
                     f"augment: randaugment needs uint8 images of 1 or 3 channels, these are {images.dtype} of "
                     f"{images.shape[-1]}; use flip_crop or none"
                 )
-            self.distortion = Distortion(seed, mean)
+            self.distortion = Distortion(seed, split.mean)
         if settings.mixup > 0 or settings.cutmix > 0:
             from timm.data.mixup import Mixup
 
@@ -146,16 +147,20 @@ class Augmentation:
                 num_classes=num_classes,
             )
 
-    def __call__(self, images: Tensor, labels: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, images: Tensor | Inputs, labels: Tensor, epoch: int, batch: int
+    ) -> tuple[Tensor | Inputs, Tensor]:
         """Changes a batch.
 
         Args:
-            images: (B, C, H, W) float32 normalised; may be overwritten.
+            images: (B, C, H, W) float32 normalised; may be overwritten. Other inputs stay as they are.
             labels: (B,) int64.
 
         Returns:
             images, and what the task loss aims at: the labels, or (B, classes) shares where images are mixed.
         """
+        if isinstance(images, Inputs):
+            return images, labels
         if self.settings.augment != "none":
             images = shift_and_mirror(images, np.random.default_rng((self.seed, epoch, batch)))
         if self._mixup is None:

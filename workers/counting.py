@@ -14,11 +14,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from workers.affine import QuantisedLinear
+from workers.inputs import Inputs
 
 Shape = tuple[int, ...]
 
@@ -96,20 +97,21 @@ def _is_product(namespace: str, name: str) -> bool:
 # --- counts -----------------------------------------------------------------------------------------------------------
 
 
-def count_macs(model: nn.Module, input_shape: Shape) -> int:
-    """Returns the multiply-accumulates of one image, at inference.
+def count_macs(model: nn.Module, example: Shape | Tensor | Inputs) -> int:
+    """Returns the multiply-accumulates of one example, at inference.
 
     Args:
         model: on any device, meta included; a twin from before the conversion where weights are packed. Its mode is put
             back afterwards.
-        input_shape: (1, C, H, W); another resolution is another count.
+        example: a batch of one, or the shape (1, C, H, W) of an image; another resolution is another count.
 
     Raises:
         OpaqueKernel: the model has packed weights, or an operator whose cost is not known.
-        ValueError: more than one image.
+        ValueError: more than one example.
     """
-    if input_shape[0] != 1:
-        raise ValueError(f"count_macs: input_shape must have batch 1, the count is of one image; got {input_shape}")
+    inputs = torch.zeros(example) if isinstance(example, tuple) else example
+    if len(inputs) != 1:
+        raise ValueError(f"count_macs: must be a batch of 1, the count is of one example; got {len(inputs)}")
     _refuse_packed(model, "count_macs")
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     training = {part: part.training for part in model.modules()}
@@ -118,7 +120,7 @@ def count_macs(model: nn.Module, input_shape: Shape) -> int:
     try:
         # Only inference mode shows the counter an attention before its backend: autograd takes it apart first.
         with torch.inference_mode(), _Watch(counter.flop_registry), counter:
-            model(torch.zeros(input_shape, device=device))
+            model(inputs.to(device))
     finally:
         for part, was in training.items():
             part.training = was

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from workers import timing
 from workers.conditions import device_conditions, dtypes, fused, threads
 from workers.counting import count_macs, count_params
+from workers.inputs import Inputs
+from workers.made_inputs import make_inputs
 from workers.peak_memory import NotTellable
 from workers.protocol import Measurement
 from workers.strong_baseline import StrongBaseline, grow
@@ -31,9 +33,7 @@ from workers.tasks import TaskInfo
 from workers.timing import Arm
 from workers.ways import COMPILE, as_way, compile_model
 
-__all__ = ["NotTellable", "Subject", "count_macs", "count_params", "make_images", "measure_speed"]
-
-INPUT_SEED = 0
+__all__ = ["NotTellable", "Subject", "count_macs", "count_params", "make_inputs", "measure_speed"]
 
 UNITS = {"latency": "ms", "throughput": "images/s"}
 
@@ -57,12 +57,6 @@ class Subject:
     device: torch.device
 
 
-def make_images(info: TaskInfo, device: torch.device, batch: int) -> Tensor:
-    """Returns standard normal images (B, C, H, W) float32, as normalised data is."""
-    generator = torch.Generator().manual_seed(INPUT_SEED)
-    return torch.randn(batch, info.in_chans, info.image_size, info.image_size, generator=generator).to(device)
-
-
 def measure_speed(subject: Subject, strong: StrongBaseline) -> Measurement:
     """Measures one kind of speed, the one that ``strong`` is a record of, with ``subject.settings['threads']`` threads.
 
@@ -81,21 +75,21 @@ def measure_speed(subject: Subject, strong: StrongBaseline) -> Measurement:
             most=timing.LATENCY_PAIRS if latency else None,
         )
         conditions = _conditions(subject, strong) | found
-    sizes = np.array([len(arm.images) for arm in arms])
+    sizes = np.array([len(arm.inputs) for arm in arms])
     return _record(subject, strong, sizes, seconds, conditions)
 
 
 def _arms(subject: Subject, strong: StrongBaseline) -> tuple[list[Arm], dict[str, Any]]:
     """Returns the arms, compressed and baseline, and how the compressed one is run."""
-    images: Callable[[int], Tensor] = partial(make_images, subject.task_info, subject.device)
+    inputs: Callable[[int], Tensor | Inputs] = partial(make_inputs, subject.task_info, subject.device)
     baseline = as_way(subject.baseline, strong.way)
     model = subject.model.eval()
     if strong.kind == "latency":
-        arms = [Arm(model, images(1)), Arm(baseline, images(1))]
+        arms = [Arm(model, inputs(1)), Arm(baseline, inputs(1))]
         found: dict[str, Any] = {}
     else:
-        growth = grow(model, subject.settings, images)
-        arms = [timing.blocked(model, images(growth.best)), timing.blocked(baseline, images(strong.batch))]
+        growth = grow(model, subject.settings, inputs)
+        arms = [timing.blocked(model, inputs(growth.best)), timing.blocked(baseline, inputs(strong.batch))]
         found = {
             "largest_batch": growth.largest,
             "growth_ended": growth.ended,
@@ -110,12 +104,12 @@ def _arms(subject: Subject, strong: StrongBaseline) -> tuple[list[Arm], dict[str
 def _faster(eager: Arm) -> tuple[Arm, bool | str]:
     """Returns the arm eager or compiled, whichever is faster, and whether it is compiled (or why it cannot be)."""
     try:
-        compiled = timing.blocked(compile_model(eager.call), eager.images)  # type: ignore[arg-type]
+        compiled = timing.blocked(compile_model(eager.call), eager.inputs)  # type: ignore[arg-type]
     except Exception as error:  # noqa: BLE001 - the compiler meets kernels that it cannot take
         return eager, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
     found = np.median(timing.interleaved([eager, compiled], window_s=0.0, pairs=9, warmup=1), axis=0)
     # Both as many calls a sample as before: a latency stays that of single calls.
-    return (Arm(compiled.call, eager.images, eager.calls), True) if found[1] < found[0] else (eager, False)
+    return (Arm(compiled.call, eager.inputs, eager.calls), True) if found[1] < found[0] else (eager, False)
 
 
 def _record(

@@ -23,7 +23,7 @@ from workers.ways import COMPILE, as_way
 def main() -> None:
     """Answers one question."""
     question: dict[str, Any] = json.load(sys.stdin)
-    device, task = torch.device(question["device"]), question["task"]
+    device = torch.device(question["device"])
     first, second = (artefact.load(question["folder"], device=device) for _ in range(2))
     found = []
     for record in map(StrongBaseline.from_dict, question["records"]):
@@ -32,7 +32,7 @@ def main() -> None:
             baseline=second,
             artefact_key=question["folder"].rstrip("/").rsplit("/", 1)[-1],
             settings=question["settings"],
-            task_info=TaskInfo(task["num_classes"], task["in_chans"], task["image_size"], ()),
+            task_info=TaskInfo.from_dict(question["task"]),
             device=device,
         )
         measured = measure_speed(subject, record)

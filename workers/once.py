@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from workers.deadline import Deadline
 from workers.lane import Lane
 from workers.lease import acquire
 from workers.storage import Storage
-from workers.tasks.batches import Split
+from workers.inputs import Inputs
+from workers.tasks.batches import LabelledData
 
 BATCH = 32
 """Images a batch."""
@@ -30,12 +32,12 @@ class OnceAStudy:
 
     storage: Storage
     folder: str
-    split: Split
+    split: LabelledData
     device: torch.device
     lane: Lane
     deadline: Deadline
 
-    def __call__(self, name: str, make: Callable[[Callable[[], Iterator[tuple[Tensor, Tensor]]]], bytes]) -> bytes:
+    def __call__(self, name: str, make: Callable[[Callable[[], Iterator[tuple[Any, Tensor]]]], bytes]) -> bytes:
         """Returns the file ``name``, which ``make`` gives from batches of (images, labels) if nobody has yet."""
         path = f"{self.folder}/{name}"
 
@@ -52,6 +54,6 @@ class OnceAStudy:
                         self.storage.put_atomic(path, make(self._batches))
         return self.storage.read(path)
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self) -> Iterator[tuple[Tensor | Inputs, Tensor]]:
         for _, images, labels in self.split.batches(BATCH, shuffle_seed=0, device=self.device):
             yield images, labels

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,7 +73,7 @@ def peak_memory(folder: str | Path, batch: int, info: TaskInfo, device: torch.de
 
     Args:
         folder: the artefact's folder: a path, or an fsspec URL, which is copied to this machine for the while.
-        info: gives channels and image size.
+        info: gives the shapes of the inputs.
         threads: of the process on a CPU.
 
     Raises:
@@ -118,7 +119,7 @@ def peak_in_child(folder: Path, batch: int, info: TaskInfo, device: torch.device
     Raises:
         NotTellable: the process failed, or was killed.
     """
-    arguments = (folder.resolve(), device, batch, info.in_chans, info.image_size, threads)
+    arguments = (folder.resolve(), device, batch, json.dumps(asdict(info)), threads)
     command = [sys.executable, "-m", "workers.peak_memory", *map(str, arguments)]
     environ = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"} | _GIVE_BACK  # another malloc has other rules
     root = Path(__file__).parent.parent
@@ -146,22 +147,21 @@ def resident() -> dict[str, int]:
     return {name: 1024 * int(value.split()[0]) for name, value in pairs}
 
 
-def _peak_on_cpu(folder: str, shape: tuple[int, ...]) -> int:
+def _peak_on_cpu(folder: str, info: TaskInfo, batch: int) -> int:
     """Rehearses once, which leaves what libraries keep (imports, compiled kernels, threads), then takes the growth."""
-    import torch
-
     from workers import artefact
+    from workers.made_inputs import make_inputs
 
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
     def load_and_run() -> None:
         model = artefact.load(folder)
-        images = torch.randn(shape)
-        model(images[:1])  # kernels pack their weights; what packing takes is not inference
+        inputs = make_inputs(info, "cpu", batch)
+        model(inputs[:1])  # kernels pack their weights; what packing takes is not inference
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak, proc(5)
-        model(images)
+        model(inputs)
 
     load_and_run()
     gc.collect()
@@ -175,27 +175,34 @@ def _peak_on_cpu(folder: str, shape: tuple[int, ...]) -> int:
     return after["VmHWM"] - after["RssFile"] - after["RssShmem"] - before
 
 
-def _peak_on_cuda(folder: str, shape: tuple[int, ...], device: str) -> int:
+def _peak_on_cuda(folder: str, info: TaskInfo, batch: int, device: str) -> int:
     import torch
 
     from workers import artefact
+    from workers.made_inputs import make_inputs
 
     model: nn.Module = artefact.load(folder, device=device)
-    images = torch.randn(shape, device=device)
-    model(images)
+    inputs = make_inputs(info, device, batch)
+    model(inputs)
     torch.cuda.reset_peak_memory_stats()
-    model(images)
+    model(inputs)
     return torch.cuda.max_memory_allocated()
 
 
-def main(folder: str, device: str, batch: str, channels: str, size: str, threads: str) -> None:
+def main(folder: str, device: str, batch: str, facts: str, threads: str) -> None:
     """Prints the peak in bytes."""
     import torch
 
+    from workers.tasks import TaskInfo
+
     torch.set_num_threads(int(threads))
-    shape = (int(batch), int(channels), int(size), int(size))
+    info = TaskInfo.from_dict(json.loads(facts))
     with torch.inference_mode():
-        print(_peak_on_cpu(folder, shape) if device == "cpu" else _peak_on_cuda(folder, shape, device))
+        print(
+            _peak_on_cpu(folder, info, int(batch))
+            if device == "cpu"
+            else _peak_on_cuda(folder, info, int(batch), device)
+        )
 
 
 if __name__ == "__main__":

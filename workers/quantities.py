@@ -20,7 +20,8 @@ from torch import nn
 
 from workers import artefact, strong_baseline
 from workers.conditions import device_conditions, device_name, threads
-from workers.measurement import Subject, half_width, make_images, measure_speed
+from workers.made_inputs import make_inputs
+from workers.measurement import Subject, half_width, measure_speed
 from workers.peak_memory import NotTellable, PeakMemory, peak_memory
 from workers.protocol import Measurement, TrialSpec
 from workers.stages import Workbench, prefix
@@ -134,16 +135,15 @@ class Quantities:
 
     def _find(self, kinds: Sequence[str]) -> tuple[list[StrongBaseline], list[Measurement]]:
         bench, info = self.bench, self.bench.task.info
-        model, images = bench.load(bench.baseline_key), partial(make_images, info, bench.device)
+        model, inputs = bench.load(bench.baseline_key), partial(make_inputs, info, bench.device)
         with threads(int(self.settings["threads"])):
             records = [
-                strong_baseline.find(kind, model, self.settings, images, device_name(bench.device)) for kind in kinds
+                strong_baseline.find(kind, model, self.settings, inputs, device_name(bench.device)) for kind in kinds
             ]
-        task = {"num_classes": info.num_classes, "in_chans": info.in_chans, "image_size": info.image_size}
         runs: list[Measurement] = []
         with _local_folder(bench, bench.baseline_key) as folder:
             for _ in range(int(self.settings["noise_runs"])):
-                runs += strong_baseline.measure_itself(records, folder, self.settings, task, str(bench.device))
+                runs += strong_baseline.measure_itself(records, folder, self.settings, asdict(info), str(bench.device))
         return [strong_baseline.with_noise(record, runs) for record in records], runs
 
     # --- memory -------------------------------------------------------------------------------------------------------

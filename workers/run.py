@@ -19,6 +19,7 @@ from workers import artefact, counting, evaluation, stages
 from workers.affine import unquantised
 from workers.deadline import Deadline, DeadlineExceeded, guard
 from workers.lane import Lane
+from workers.made_inputs import make_inputs
 from workers.peak_memory import NotTellable
 from workers.protocol import Measurement, StageRun, TrialResult, TrialSpec
 from workers.provenance import provenance
@@ -141,11 +142,10 @@ def _stages_and_numbers(spec: TrialSpec, bench: stages.Workbench, outcome: _Outc
     model = bench.load(last.key)
     outcome.conditions |= _conditions(bench, last.key)
     outcome.conditions |= bench.check_parity(last, model).for_row()
-    shape = (1, bench.task.info.in_chans, bench.task.info.image_size, bench.task.info.image_size)
     counted = unquantised(model if twin is last else bench.load(twin.key))
     outcome.metrics["size_bytes"] = float(artefact.size_bytes(bench.folder(last.key)))
     outcome.metrics["params"] = float(counting.count_params(counted))
-    outcome.metrics["macs"] = float(counting.count_macs(counted, shape))
+    outcome.metrics["macs"] = float(counting.count_macs(counted, make_inputs(bench.task.info, "cpu", 1)))
     _evaluate(bench, spec, model, last.key, outcome)
     simulated = any(t.simulated(c) for t, c in stages.resolve(spec.recipe.steps))
     timed, of = (counted, twin) if simulated else (model, last)
@@ -162,32 +162,40 @@ def _stages_and_numbers(spec: TrialSpec, bench: stages.Workbench, outcome: _Outc
 def _evaluate(bench: stages.Workbench, spec: TrialSpec, model: nn.Module, key: str, outcome: _Outcome) -> None:
     with bench.lane.shared(), bench.timed("evaluate"):
         found = evaluation.evaluate(model, bench.task.search, device=bench.device, tick=bench.tick)
-    outcome.metrics["top1_pct"] = found.top1_pct
-    outcome.metrics["top1_pct_low"] = found.wilson_low_pct
-    outcome.metrics["top1_pct_high"] = found.wilson_high_pct
-    outcome.measurements.append(accuracy_measurement("accuracy_search", bench, key, found))
+    for accuracy in found.accuracies:
+        outcome.metrics[accuracy.metric] = accuracy.pct
+        outcome.metrics[f"{accuracy.metric}_low"] = accuracy.low_pct
+        outcome.metrics[f"{accuracy.metric}_high"] = accuracy.high_pct
+    outcome.metrics |= found.more
+    outcome.measurements += accuracy_measurements("accuracy_search", bench, key, found)
 
 
-def accuracy_measurement(kind: str, bench: stages.Workbench, key: str, found: evaluation.Accuracy) -> Measurement:
-    """Returns an accuracy as a measurement record, its Wilson interval in the conditions."""
-    return Measurement(
-        kind=kind,
-        artefact=key,
-        device=bench.device.type,
-        batch=256,
-        resolution=bench.task.info.image_size,
-        protocol=str(bench.context.measurement.get("protocol", "quick")),
-        value=found.top1_pct,
-        unit="percent",
-        conditions={
-            "correct": found.correct,
-            "images": found.total,
-            "wilson_low_pct": found.wilson_low_pct,
-            "wilson_high_pct": found.wilson_high_pct,
-            "logits_digest": found.logits_digest,
-            "correct_bits": found.correct_bits,
-        },
-    )
+def accuracy_measurements(
+    kind: str, bench: stages.Workbench, key: str, found: evaluation.Evaluation
+) -> list[Measurement]:
+    """Returns each accuracy as a measurement record, its interval in the conditions."""
+    return [
+        Measurement(
+            kind=kind,
+            artefact=key,
+            device=bench.device.type,
+            batch=evaluation.BATCH_SIZE,
+            resolution=bench.task.info.image_size,
+            protocol=str(bench.context.measurement.get("protocol", "quick")),
+            value=accuracy.pct,
+            unit="percent",
+            conditions={
+                "metric": accuracy.metric,
+                "correct": accuracy.correct,
+                "images": accuracy.total,
+                "wilson_low_pct": accuracy.low_pct,
+                "wilson_high_pct": accuracy.high_pct,
+                "logits_digest": found.logits_digest,
+                **({"levels": accuracy.levels} if accuracy.levels else {"correct_bits": accuracy.correct_bits}),
+            },
+        )
+        for accuracy in found.accuracies
+    ]
 
 
 def _measure(
@@ -223,7 +231,7 @@ def _conditions(bench: stages.Workbench, key: str) -> dict[str, Any]:
     }
 
 
-def run_report(spec: TrialSpec) -> Measurement:
+def run_report(spec: TrialSpec) -> tuple[Measurement, ...]:
     """Evaluates the finished trial's artefact on the report split (the test set), which the search never sees.
 
     Raises:
@@ -233,7 +241,7 @@ def run_report(spec: TrialSpec) -> Measurement:
     last = stages.compile_recipe(spec.recipe, spec.seed, spec.context)[-1]
     with bench.lane.shared():
         found = evaluation.evaluate(bench.load(last.key), bench.task.report, device=bench.device, tick=bench.tick)
-    return accuracy_measurement("accuracy_report", bench, last.key, found)
+    return tuple(accuracy_measurements("accuracy_report", bench, last.key, found))
 
 
 def run_remeasure(spec: TrialSpec) -> tuple[Measurement, ...]:

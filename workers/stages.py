@@ -28,7 +28,8 @@ from workers.lease import acquire
 from workers.once import OnceAStudy
 from workers.protocol import Context, Recipe, StageRun, Step, canonical_json, digest, without_locations
 from workers.storage import Storage
-from workers.tasks.image_classification import Task
+from workers.inputs import Inputs
+from workers.tasks.batches import TaskData
 from workers.techniques import registry, versions
 from workers.techniques.record import Applied, Surroundings, Technique, make_config
 from workers.training_checkpoint import Checkpoints
@@ -97,7 +98,7 @@ def prefix(key: str) -> str:
 
 
 @lru_cache(maxsize=2)
-def _load_task(data: str) -> Task:
+def _load_task(data: str) -> TaskData:
     return tasks.load(json.loads(data))
 
 
@@ -114,7 +115,7 @@ class Workbench:
     seconds: dict[str, float]
 
     @property
-    def task(self) -> Task:
+    def task(self) -> TaskData:
         """The data, loaded once a process. Decoding, or waiting for who decodes, is work for the node, not the trial's."""
         with self.deadline.paused():
             return _load_task(canonical_json(dict(self.context.data)))
@@ -163,9 +164,9 @@ class Workbench:
     def surroundings(self) -> Surroundings:
         """What a technique may use: training images, the teacher, a seeded generator."""
 
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            for _, images, labels in self.task.train.batches(64, shuffle_seed=self.seed, device=self.device):
-                yield images, labels
+        def batches() -> Iterator[tuple[Tensor | Inputs, Tensor]]:
+            for _, inputs, targets in self.task.train.batches(64, shuffle_seed=self.seed, device=self.device):
+                yield inputs, targets
 
         generator = torch.Generator().manual_seed(self.seed)
         once = OnceAStudy(
@@ -186,10 +187,10 @@ class Workbench:
     # --- the artefact and the check of what it computes ---------------------------------------------------------------
 
     def _logits(self, model: nn.Module, count: int) -> Tensor:
-        """Returns the logits of the first ``count`` search images in one call: (B, classes) float32 on the CPU."""
-        _, images, _ = next(self.task.search.batches(count, device=self.device))
+        """Returns the logits of the first ``count`` search examples in one call: (B, classes) float32 on the CPU."""
+        _, inputs, _ = next(self.task.search.batches(count, device=self.device))
         with torch.inference_mode(), self.lane.shared():
-            logits: Tensor = model.eval()(images)
+            logits: Tensor = model.eval()(inputs)
             return logits.float().cpu()
 
     def save(self, stage: Stage, model: nn.Module, description: Mapping[str, Any], steps: list[dict[str, Any]]) -> None:
@@ -304,7 +305,10 @@ def _parent(bench: Workbench, stage: Stage) -> tuple[nn.Module, Mapping[str, Any
 def _apply(bench: Workbench, model: nn.Module, stage: Stage) -> tuple[nn.Module, list[dict[str, Any]]]:
     records = []
     for technique, config in resolve(stage.steps):
-        reason = technique.check(models.model_info(model, bench.context.device), config)
+        info = models.model_info(model, bench.context.device)
+        if info.family not in technique.models:
+            raise Infeasible(f"{technique.name} works on {', '.join(technique.models)} models, not on {info.family}")
+        reason = technique.check(info, config)
         if reason:
             raise Infeasible(f"{technique.name}: {reason}")
         applied: Applied = technique.apply(model, config, bench.surroundings())

@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from workers import timing
 from workers.protocol import Measurement
@@ -94,13 +94,13 @@ def file_name(study: str, context: str, device_name: str, kind: str) -> str:
 
 @torch.inference_mode()
 def find(
-    kind: str, model: nn.Module, settings: Mapping[str, Any], images: Callable[[int], Tensor], device_name: str
+    kind: str, model: nn.Module, settings: Mapping[str, Any], inputs: Callable[[int], timing.Batch], device_name: str
 ) -> StrongBaseline:
     """Measures every way to run ``model``, interleaved, and returns the best. The caller holds the lane.
 
     Args:
         kind: ``latency`` or ``throughput``.
-        images: makes a batch of the given size on the device.
+        inputs: makes a batch of the given size on the device.
     """
     start = time.monotonic()
     arms: dict[str, Arm] = {}
@@ -110,12 +110,12 @@ def find(
         try:
             run = as_way(model, name)
             if kind == "latency":
-                arms[name] = Arm(run, images(1))
-                run(arms[name].images)
+                arms[name] = Arm(run, inputs(1))
+                run(arms[name].inputs)
             else:
                 # Compiling for every size would take minutes: the size is found without it.
-                growths[name] = grow(as_way(model, name.partition("+")[0]), settings, images)
-                arms[name] = timing.blocked(run, images(growths[name].best))
+                growths[name] = grow(as_way(model, name.partition("+")[0]), settings, inputs)
+                arms[name] = timing.blocked(run, inputs(growths[name].best))
         except Exception as error:  # noqa: BLE001 - whatever a way lacks on this device, the others run
             arms.pop(name, None)
             ways[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
@@ -130,18 +130,18 @@ def find(
         most=timing.LATENCY_PAIRS if kind == "latency" else None,
     )
     for name, column in zip(arms, np.median(seconds, axis=0), strict=True):
-        ways[name] = float(column * 1e3 if kind == "latency" else len(arms[name].images) / column)
+        ways[name] = float(column * 1e3 if kind == "latency" else len(arms[name].inputs) / column)
     speeds = {name: value for name, value in ways.items() if isinstance(value, float)}
     way = min(speeds, key=speeds.__getitem__) if kind == "latency" else max(speeds, key=speeds.__getitem__)
     largest = growths[way].largest if way in growths else 1
-    batch = len(arms[way].images)
+    batch = len(arms[way].inputs)
     return StrongBaseline(kind, way, speeds[way], batch, largest, ways, device_name, round(time.monotonic() - start, 3))
 
 
-def grow(model: nn.Module, settings: Mapping[str, Any], images: Callable[[int], Tensor]) -> timing.Growth:
+def grow(model: nn.Module, settings: Mapping[str, Any], inputs: Callable[[int], timing.Batch]) -> timing.Growth:
     """Finds the best batch size of ``model`` as the protocol says; see :func:`workers.timing.grow_batch`."""
     start, step, most = (int(settings[name]) for name in ("batch_start", "batch_step", "batch_max"))
-    return timing.grow_batch(model, images, start=start, step=step, most=most)
+    return timing.grow_batch(model, inputs, start=start, step=step, most=most)
 
 
 def noise_of(ratios: Sequence[float]) -> tuple[float, int]:

@@ -11,14 +11,18 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Call = Callable[[Tensor], object]
-"""A model, as it is run: images (B, C, H, W) in, logits out."""
+from workers.inputs import Inputs
+
+Batch = Tensor | Inputs
+Call = Callable[[Any], object]
+"""A model, as it is run: a batch in, logits out."""
 
 BOOTSTRAP_SEED = 0
 
@@ -51,13 +55,13 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds_of(call: Call, images: Tensor, calls: int = 1) -> float:
+def seconds_of(call: Call, inputs: Batch, calls: int = 1) -> float:
     """Returns the seconds that ``calls`` calls take, work on the device included."""
-    synchronise(images.device)
+    synchronise(inputs.device)
     start = time.perf_counter()
     for _ in range(calls):
-        call(images)
-    synchronise(images.device)
+        call(inputs)
+    synchronise(inputs.device)
     return time.perf_counter() - start
 
 
@@ -66,14 +70,14 @@ class Arm:
     """One model in a comparison; ``calls`` of it are timed together as one sample."""
 
     call: Call
-    images: Tensor
+    inputs: Batch
     calls: int = 1
 
 
-def blocked(call: Call, images: Tensor) -> Arm:
+def blocked(call: Call, inputs: Batch) -> Arm:
     """Returns the arm whose samples cover at least :data:`BLOCK_S`."""
-    once = min(seconds_of(call, images) for _ in range(GROWTH_CALLS))
-    return Arm(call, images, max(1, math.ceil(BLOCK_S / once)))
+    once = min(seconds_of(call, inputs) for _ in range(GROWTH_CALLS))
+    return Arm(call, inputs, max(1, math.ceil(BLOCK_S / once)))
 
 
 @torch.inference_mode()
@@ -92,7 +96,7 @@ def interleaved(
     """
     for _ in range(warmup):
         for arm in arms:
-            arm.call(arm.images)
+            arm.call(arm.inputs)
     order = list(range(len(arms)))
     rounds: list[list[float]] = []
     spent = [0.0] * len(arms)
@@ -100,7 +104,7 @@ def interleaved(
         found = [0.0] * len(arms)
         for index in order:
             arm = arms[index]
-            seconds = seconds_of(arm.call, arm.images, arm.calls)
+            seconds = seconds_of(arm.call, arm.inputs, arm.calls)
             spent[index] += seconds
             found[index] = seconds / arm.calls
         rounds.append(found)
@@ -133,11 +137,11 @@ class Growth:
 
 
 @torch.inference_mode()
-def grow_batch(call: Call, images: Callable[[int], Tensor], *, start: int, step: int, most: int) -> Growth:
+def grow_batch(call: Call, inputs: Callable[[int], Batch], *, start: int, step: int, most: int) -> Growth:
     """Finds the batch size with the highest throughput: grown until memory is out, nothing is gained, or ``most``.
 
     Args:
-        images: makes a batch of the given size on the device.
+        inputs: makes a batch of the given size on the device.
 
     Raises:
         torch.OutOfMemoryError, MemoryError, RuntimeError: not even ``start`` images fit.
@@ -146,7 +150,7 @@ def grow_batch(call: Call, images: Callable[[int], Tensor], *, start: int, step:
     best, idle, ended = start, 0, "largest size allowed"
     for size in range(start, max(start, most) + 1, step):
         try:
-            batch = images(size)
+            batch = inputs(size)
             call(batch)
             fastest = min(seconds_of(call, batch) for _ in range(GROWTH_CALLS))
         except (RuntimeError, MemoryError) as error:
@@ -164,17 +168,18 @@ def grow_batch(call: Call, images: Callable[[int], Tensor], *, start: int, step:
             break
     with suppress(AttributeError, RuntimeError):
         torch.cuda.empty_cache()
-    found |= _in_turn(call, images, found)
-    return Growth(max(found, key=found.__getitem__), max(found), found, ended)
+    found |= _in_turn(call, inputs, found)
+    best = min(size for size in found if GAIN * found[size] >= max(found.values()))  # what gains nothing is not larger
+    return Growth(best, max(found), found, ended)
 
 
-def _in_turn(call: Call, images: Callable[[int], Tensor], found: dict[int, float]) -> dict[int, float]:
+def _in_turn(call: Call, inputs: Callable[[int], Batch], found: dict[int, float]) -> dict[int, float]:
     """Returns images/s of the sizes near the best, timed in turn; nothing where there is one."""
     limit = NEAR * max(found.values())
     near = sorted((s for s in found if found[s] >= limit), key=found.__getitem__, reverse=True)[:NEAREST]
     if len(near) == 1:
         return {}
-    arms = [Arm(call, images(size), max(1, math.ceil(BLOCK_S * found[size] / size))) for size in near]
+    arms = [Arm(call, inputs(size), max(1, math.ceil(BLOCK_S * found[size] / size))) for size in near]
     seconds = np.median(interleaved(arms, window_s=0.0, pairs=CONFIRMING_ROUNDS, warmup=0), axis=0)
     return {size: size / float(once) for size, once in zip(near, seconds, strict=True)}
 

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from workers import evaluation
 from workers.augmentation import Augmentation
+from workers.inputs import Inputs
 from workers.optimisers import Steps, WeightAverage, make_optimizer, schedule
-from workers.tasks.batches import Loader, Split
+from workers.tasks.batches import LabelledData, Reader, Split
 from workers.techniques.record import LossInputs
 from workers.training_checkpoint import Checkpoints
 from workers.training_settings import TrainingSettings
@@ -57,7 +58,7 @@ class TrainingReport:
 
 def train(
     model: nn.Module,
-    split: Split,
+    split: LabelledData,
     settings: Mapping[str, Any],
     *,
     seed: int,
@@ -65,7 +66,7 @@ def train(
     steps: Steps = (),
     teacher_logits: Tensor | None = None,
     teacher: nn.Module | None = None,
-    validation: Split | None = None,
+    validation: LabelledData | None = None,
     checkpoints: Checkpoints | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> TrainingReport:
@@ -75,9 +76,9 @@ def train(
     after a kill.
 
     Args:
-        model: on ``device``; (B, C, H, W) -> (B, classes), or two such, of class and distillation token, while it trains
+        model: on ``device``; the split's inputs -> (B, classes), or two such, of class and distillation token, while it trains
             with both. Left in eval mode.
-        split: training images.
+        split: training examples.
         settings: see :class:`workers.training_settings.TrainingSettings`.
         steps: techniques of the recipe with their configs; each may add a loss, parameter groups and a progress hook.
         teacher_logits: (N, classes) float32, row i belongs to image i of ``split``; for images as they are.
@@ -95,6 +96,11 @@ def train(
         raise ValueError(
             "teacher_logits are of the images as they are, the settings change them: give the teacher itself"
         )
+    if split.task != "image_classification" and (found.changes_images or found.label_smoothing):
+        raise ValueError(
+            f"augment, mixup, cutmix and label_smoothing are for image classification: {split.task} cannot have them, "
+            "since a text may speak of what they change"
+        )
     if found.patience is not None and validation is None:
         raise ValueError("patience needs validation images")
     run = _Training(model, split, found, seed, torch.device(device), steps, tick)
@@ -108,13 +114,13 @@ class _Training:
 
     teacher: nn.Module | None
     teacher_logits: Tensor | None
-    validation: Split | None
+    validation: LabelledData | None
     checkpoints: Checkpoints | None
 
     def __init__(
         self,
         model: nn.Module,
-        split: Split,
+        split: LabelledData,
         settings: TrainingSettings,
         seed: int,
         device: torch.device,
@@ -125,7 +131,7 @@ class _Training:
         self.steps, self.tick = steps, tick
         self.factor = schedule(settings.schedule, settings.warmup_fraction)
         classes = int(getattr(model, "num_classes", split.labels.max() + 1))
-        self.augmentation = Augmentation(settings, seed, split.images, split.mean, classes)
+        self.augmentation = Augmentation(settings, seed, split, classes)
         self.state = TrainingState(
             model,
             make_optimizer(model, settings, steps),
@@ -138,8 +144,7 @@ class _Training:
 
     def run(self) -> TrainingReport:
         started, state = time.monotonic(), self.state
-        distort = self.augmentation.distortion
-        loader = Loader(self.split, self.settings.batch_size, device=self.device, distort=distort)
+        loader = self._loader()
         self.model.train()
         try:
             with _seeded(self.seed, self.device), _grad_checkpointing(self.model, self.settings.grad_checkpointing):
@@ -161,17 +166,23 @@ class _Training:
         best = state.best.epoch if self.settings.patience is not None else None
         return TrainingReport(state.epoch, state.done, state.loss_mean, time.monotonic() - started, best, resumed_at)
 
+    def _loader(self) -> Reader:
+        if isinstance(self.split, Split):
+            distort = self.augmentation.distortion
+            return self.split.loader(self.settings.batch_size, device=self.device, distort=distort)
+        return self.split.loader(self.settings.batch_size, device=self.device)
+
     # --- epochs and steps ---------------------------------------------------------------------------------------------
 
-    def _run_epoch(self, loader: Loader) -> None:
+    def _run_epoch(self, loader: Reader) -> None:
         state = self.state
         shuffle = self.seed * 1_000_003 + state.epoch
-        for indices, images, labels in loader.epoch(shuffle_seed=shuffle, number=state.epoch, start=state.batch):
+        for indices, inputs, labels in loader.epoch(shuffle_seed=shuffle, number=state.epoch, start=state.batch):
             self._on_progress(state.progress)
             for group in state.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * self.factor((state.done + 0.5) / state.total)
-            images, aims = self.augmentation(images, labels, state.epoch, state.batch)
-            state.loss_sum += self._gradients(indices, images, labels, aims)
+            inputs, aims = self.augmentation(inputs, labels, state.epoch, state.batch)
+            state.loss_sum += self._gradients(indices, inputs, labels, aims)
             self._step()
             state.done += 1
             state.batch += 1
@@ -189,11 +200,11 @@ class _Training:
             if technique.on_progress is not None:
                 technique.on_progress(self.model, config, progress)
 
-    def _gradients(self, indices: Tensor, images: Tensor, labels: Tensor, aims: Tensor) -> Tensor:
+    def _gradients(self, indices: Tensor, inputs: Tensor | Inputs, labels: Tensor, aims: Tensor) -> Tensor:
         """Adds up the gradients of the batch, part by part, and returns its loss: a scalar."""
         self.state.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        parts = (t.tensor_split(self.settings.accumulate) for t in (indices, images, labels, aims))
+        parts = (t.tensor_split(self.settings.accumulate) for t in (indices, inputs, labels, aims))
         for part in zip(*parts, strict=True):
             share = len(part[0]) / len(indices)
             if share:
@@ -211,7 +222,7 @@ class _Training:
         scaler.step(optimizer)
         scaler.update()
 
-    def _loss(self, indices: Tensor, images: Tensor, labels: Tensor, aims: Tensor) -> Tensor:
+    def _loss(self, indices: Tensor, inputs: Tensor | Inputs, labels: Tensor, aims: Tensor) -> Tensor:
         """Returns task loss x product of the techniques' task weights + sum of their extra losses: a scalar.
 
         The task loss of a model that returns the logits of both its tokens is that of the class token. Labels are smoothed
@@ -219,25 +230,25 @@ class _Training:
         """
         amp = self.settings.amp
         with torch.autocast(self.device.type, dtype=_AMP[amp]) if amp != "none" else nullcontext():
-            out = self.model(images)
-            teacher = self._teacher_logits(indices, images)
+            out = self.model(inputs)
+            teacher = self._teacher_logits(indices, inputs)
         logits, distil = (out[0].float(), out[1].float()) if isinstance(out, tuple) else (out.float(), None)
         smoothing = self.settings.label_smoothing if aims.ndim == 1 else 0.0
-        loss = F.cross_entropy(logits, aims, label_smoothing=smoothing)
-        inputs = LossInputs(self.model, images, logits, labels, teacher, self.state.progress, distil, self.teacher)
-        terms = [t.loss(inputs, config) for t, config in self.steps if t.loss is not None]
+        loss = task_loss(self.split.task, logits, aims, smoothing)
+        seen = LossInputs(self.model, inputs, logits, labels, teacher, self.state.progress, distil, self.teacher)
+        terms = [t.loss(seen, config) for t, config in self.steps if t.loss is not None]
         loss = loss * math.prod(term.task_weight for term in terms)
         for term in terms:
             loss = loss + term.extra
         return loss
 
-    def _teacher_logits(self, indices: Tensor, images: Tensor) -> Tensor | None:
+    def _teacher_logits(self, indices: Tensor, inputs: Tensor | Inputs) -> Tensor | None:
         if self.teacher_logits is not None:
             return self.teacher_logits[indices].to(self.device)
         if self.teacher is None:
             return None
         with torch.no_grad():
-            logits: Tensor = self.teacher(images)
+            logits: Tensor = self.teacher(inputs)
         return logits.float()
 
     def _look(self) -> None:
@@ -282,6 +293,23 @@ class _Training:
                 return self.state.done
             log.warning("a state of this training is passed over: it is of another model, device or number of steps")
         return 0
+
+
+def task_loss(task: str, logits: Tensor, aims: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Returns the loss of a task, mean over the batch: a scalar.
+
+    Cross-entropy; in retrieval of the text that belongs to the image among those scored with it. VQA, whose questions have
+    several answers of different worth: binary cross-entropy of every answer, summed over answers.
+
+    Source: ViLT, arXiv 2102.03334, section 4.3 and its appendix, for VQA and retrieval.
+
+    Args:
+        logits: (B, classes); retrieval: (B, T).
+        aims: (B,) int64, or (B, classes) shares.
+    """
+    if task == "vqa":
+        return F.binary_cross_entropy_with_logits(logits, aims.to(logits.dtype)) * logits.shape[1]
+    return F.cross_entropy(logits, aims, label_smoothing=smoothing)
 
 
 @contextmanager

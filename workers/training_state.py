@@ -22,7 +22,7 @@ class Best:
         tensors: of the model, on the CPU.
     """
 
-    correct: int = -1
+    correct: float = -1
     epoch: int = 0
     progress: float = 0.0
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class TrainingState:
         self.loss_count = self.batch = 0
         self.epoch += 1
 
-    def keep_as_best(self, correct: int) -> None:
+    def keep_as_best(self, correct: float) -> None:
         """Copies the model as it is now. The last step saw the progress before it."""
         kept = {name: t.detach().cpu().clone() for name, t in model_tensors(self.model).items()}
         self.best = Best(correct, self.epoch, (self.done - 1) / self.total, kept)

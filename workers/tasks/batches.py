@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from mmap import mmap
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,11 +20,76 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from workers.inputs import Inputs
+from workers.tasks import TaskInfo
+
 Distort = Callable[[NDArray[Any], Sequence[int], int], NDArray[Any]]
 """((B, H, W, C) uint8, indices of the images, epoch) -> the same shape; a plain value that goes to other processes."""
 
+Batch = tuple[Tensor, Tensor | Inputs, Tensor]
+"""Indices (B,) int64 on the CPU; what the model takes; what it should say of it."""
+
 AHEAD = 8
 """Batches that are made ready in advance, and most threads or processes that do it."""
+
+
+class Reader(Protocol):
+    """Reads a split over and over."""
+
+    def epoch(self, *, shuffle_seed: int | None = None, number: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Yields the batches of pass ``number`` from batch ``start`` on."""
+        ...
+
+    def close(self) -> None:
+        """Ends what it started."""
+        ...
+
+
+class LabelledData(Protocol):
+    """What training, calibration and evaluation need of a split of any task.
+
+    Attributes:
+        task: see :class:`workers.tasks.TaskInfo`.
+        labels: (N,) int64.
+    """
+
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def labels(self) -> NDArray[np.int64]: ...
+
+    def __len__(self) -> int: ...
+
+    def batches(
+        self, batch_size: int, *, shuffle_seed: int | None = None, device: torch.device | str = "cpu"
+    ) -> Iterator[Batch]:
+        """Yields all examples once, in the split's order or in one drawn from ``shuffle_seed``."""
+        ...
+
+    def loader(self, batch_size: int, *, device: torch.device | str = "cpu") -> Reader:
+        """Returns a reader of batches; the last of a pass may be smaller."""
+        ...
+
+
+class TaskData(Protocol):
+    """The data of a study: ``search`` is what the search sees, ``report`` (the test set) what it never sees."""
+
+    @property
+    def info(self) -> TaskInfo: ...
+
+    @property
+    def train(self) -> LabelledData: ...
+
+    @property
+    def search(self) -> LabelledData: ...
+
+    @property
+    def report(self) -> LabelledData: ...
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Returns plain values that a user of the artefact needs to prepare inputs the same way."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -42,6 +107,11 @@ class Split:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @property
+    def task(self) -> str:
+        """Images with one class each."""
+        return "image_classification"
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -57,7 +127,11 @@ class Split:
         Yields:
             indices (B,) int64 on the CPU; images (B, C, H, W) float32 normalised and labels (B,) int64 on ``device``.
         """
-        return Loader(self, batch_size, device=device).epoch(shuffle_seed=shuffle_seed)
+        return self.loader(batch_size, device=device).epoch(shuffle_seed=shuffle_seed)
+
+    def loader(self, batch_size: int, *, device: torch.device | str = "cpu", distort: Distort | None = None) -> Loader:
+        """Returns a reader of batches; ``distort`` is what happens to the images before they are normalised."""
+        return Loader(self, batch_size, device=device, distort=distort)
 
 
 class Loader:
@@ -99,14 +173,18 @@ class Loader:
         count = len(self.split)
         order = np.arange(count) if shuffle_seed is None else np.random.default_rng(shuffle_seed).permutation(count)
         chosen = [order[at : at + self.batch_size] for at in range(start * self.batch_size, count, self.batch_size)]
+        for indices, images in zip(chosen, self.images(chosen, number), strict=True):
+            labels = torch.from_numpy(self.split.labels[indices]).to(self.device)
+            yield torch.from_numpy(indices), images, labels
+
+    def images(self, chosen: list[NDArray[np.int64]], number: int = 0) -> Iterator[Tensor]:
+        """Yields the images of each array of rows: (B, C, H, W) float32 on the device, normalised."""
         scale = 255.0 if self.split.images.dtype == np.uint8 else 1.0
         mean = torch.tensor(self.split.mean, device=self.device).view(1, -1, 1, 1) * scale
         factor = 1 / (torch.tensor(self.split.std, device=self.device).view(1, -1, 1, 1) * scale)
-        for indices, pixels in zip(chosen, self._pixels(chosen, number), strict=True):
+        for pixels in self._pixels(chosen, number):
             moved = pixels.to(self.device, non_blocking=True)
-            images = moved.permute(0, 3, 1, 2).float().sub(mean).mul_(factor).contiguous()
-            labels = torch.from_numpy(self.split.labels[indices]).to(self.device)
-            yield torch.from_numpy(indices), images, labels
+            yield moved.permute(0, 3, 1, 2).float().sub(mean).mul_(factor).contiguous()
 
     def close(self) -> None:
         """Ends the processes."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    Batches = Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]
+    Batches = Callable[[], Iterator[tuple[Any, torch.Tensor]]]
 
 FAMILIES = ("distillation", "pruning", "token_reduction", "low_rank_attention", "precision", "quantisation")
 """Families in the order in which METHODS section 6 composes them; a recipe lists its steps in an order that the composition
@@ -126,6 +126,8 @@ class ModelInfo:
         device: device kind the trial runs on, ``cpu`` or ``cuda``.
         has_qk_norm: queries and keys are normalised over the dimensions of a head.
         num_text_tokens: of ``num_tokens`` those of the text, which come first; 0 for models of images alone.
+        reduces_tokens: a layer of ``depth`` removes or merges tokens already (of vision-language models alone).
+        tower_depth: layers of an image encoder that has its own before the layers of ``depth`` (METER), else 0.
     """
 
     family: str
@@ -147,6 +149,8 @@ class ModelInfo:
     device: str = "cpu"
     has_qk_norm: bool = False
     num_text_tokens: int = 0
+    reduces_tokens: bool = False
+    tower_depth: int = 0
 
 
 @dataclass
@@ -157,7 +161,7 @@ class Surroundings:
         device: where the model lies.
         seed: of the trial; a technique draws from ``generator`` and from nothing else.
         batches: yields (images (B, C, H, W) float32 normalised, labels (B,) int64) on ``device``; call it for a fresh
-            pass, in a fixed order that depends on the seed only.
+            pass, in a fixed order that depends on the seed only. Of a vision-language task (Inputs, targets).
         teacher: builds the fine-tuned baseline in eval mode on ``device``.
         tick: call between chunks of work: honours the trial's deadline and lets a waiting measurement go first.
         once_a_study: (file name, make) -> what ``make`` returned the first time in this study, kept beside the baseline.
@@ -167,7 +171,7 @@ class Surroundings:
     device: torch.device
     seed: int
     generator: torch.Generator
-    batches: Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]
+    batches: Batches
     teacher: Callable[[], nn.Module]
     tick: Callable[[], None] = lambda: None
     once_a_study: Callable[[str, Callable[[Batches], bytes]], bytes] | None = None
@@ -194,7 +198,8 @@ class LossInputs:
     """One training step as an extra loss sees it.
 
     Attributes:
-        logits: (B, classes) float32 of the model in training; targets: (B,) int64.
+        images: what the model took: (B, C, H, W), or Inputs of a vision-language model.
+        logits: (B, classes) float32 of the model in training; targets: (B,) int64, for VQA (B, classes) shares.
             Where images are mixed, the label that an image had before; the task loss takes the mixed ones.
         teacher_logits: (B, classes) float32 of the same images, None unless a technique of the recipe needs the teacher.
         progress: share of the training done, 0 to 1.
@@ -204,7 +209,7 @@ class LossInputs:
     """
 
     model: nn.Module
-    images: torch.Tensor
+    images: Any
     logits: torch.Tensor
     targets: torch.Tensor
     teacher_logits: torch.Tensor | None
