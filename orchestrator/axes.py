@@ -14,10 +14,14 @@ import numpy.typing as npt
 from orchestrator import estimates
 from orchestrator.candidates import Candidates
 from orchestrator.columns import floats, integers
-from orchestrator.estimates import ACCURACY, Estimate
+from orchestrator.constraints import DROPS
+from orchestrator.contenders import Known
+from orchestrator.draws import bootstrapped, normals, rounded
+from orchestrator.estimates import Estimate
 from orchestrator.ledger_snapshot import Snapshot
-from orchestrator.uncertainty import Z95, Drawn, Known, bootstrapped, normals, rounded
-from workers.protocol import INTERVALS, OBJECTIVES, SPEED_OBJECTIVES
+from orchestrator.quantiles import Z95
+from orchestrator.uncertainty import Drawn
+from workers.protocol import ACCURACIES, INTERVALS, OBJECTIVES, SPEED_OBJECTIVES
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -67,8 +71,8 @@ class Axis:
         if self.found is None:
             return Drawn(centre[:, None], limit)
         draws = None
-        if self.source == ACCURACY and not self.found.exact[rows].any():
-            draws = _image_by_image(self.found.some(rows), snapshot, candidates, rows)
+        if self.source in ACCURACIES and not self.found.exact[rows].any():
+            draws = _example_by_example(self.source, self.found.some(rows), snapshot, candidates, rows)
         if draws is None:
             noise = normals([f"{name} {self.source}" for name in names])
             draws = centre[:, None] + self.sigma[rows][:, None] * noise
@@ -84,8 +88,8 @@ class Axis:
 
 def source_of(name: str) -> tuple[str, bool]:
     """Returns the objective that a column is told from, and whether more of the one is less of the other."""
-    if name == "top1_pct_drop":
-        return ACCURACY, True
+    if name in DROPS:
+        return DROPS[name], True
     source = name.removesuffix("_ratio")
     return (source if source in OBJECTIVES else name), False
 
@@ -123,7 +127,7 @@ def _measured(name: str, sign: float, direction: str, value: Floats, found: Esti
     source = source_of(name)[0]
     shown = np.where(np.isnan(value), np.nan, pooled(name, value, found))
     endless = np.full(len(value), np.inf)
-    if source == ACCURACY:
+    if source in ACCURACIES:
         centre = np.where(np.isnan(value), np.nan, sign * found.point)
         sigma = np.where(found.exact, 0.0, (found.high - found.low) / 2 / Z95)
         return Axis(source, sign, shown, centre, sigma, endless, found)
@@ -150,16 +154,18 @@ def snapped(sizes: Floats) -> Floats:
     return found
 
 
-def _image_by_image(found: Estimate, snapshot: Snapshot, candidates: Candidates, rows: Numbers) -> Floats | None:
-    """Draws accuracies, the images drawn for all candidates together; None where the ledger does not say which were right."""
-    trials, of = candidates.trials(snapshot, ["trial_id", "attempt_id", "seed", ACCURACY], rows)
-    right = estimates.right_images(snapshot, trials)
-    if right is None:
+def _example_by_example(
+    name: str, found: Estimate, snapshot: Snapshot, candidates: Candidates, rows: Numbers
+) -> Floats | None:
+    """Draws an accuracy, the examples drawn for all candidates together; None where the ledger does not say how each did."""
+    trials, of = candidates.trials(snapshot, ["trial_id", "attempt_id", "seed", name], rows)
+    scores = estimates.example_scores(name, snapshot, trials)
+    if scores is None:
         return None
-    shares = np.zeros((len(rows), right.shape[1]), np.float32)
-    np.add.at(shares, of, right)
+    shares = np.zeros((len(rows), scores.shape[1]), np.float32)
+    np.add.at(shares, of, scores)
     shares /= np.bincount(of, minlength=len(rows))[:, None].astype(np.float32)
     draws = bootstrapped(shares)
     if found.seed_sigma.any():
-        draws = draws + estimates.seed_noise(floats(trials[ACCURACY]), integers(trials["seed"]), of, found)
+        draws = draws + estimates.seed_noise(floats(trials[name]), integers(trials["seed"]), of, found)
     return draws

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from orchestrator.columns import equals, floats, group_numbers, integers, to_arrow
+from orchestrator.constraints import DROPS
 from orchestrator.ledger_snapshot import Snapshot
 from orchestrator.ledger_trials import DEFAULT_COLUMNS, NUMERIC, TRIALS
 
@@ -42,7 +43,7 @@ class Candidates:
     def with_feasible(self, feasible: Mask, wanted: Collection[str]) -> Candidates:
         """Returns the candidates with ``feasible``, what is wanted, and what is dearer to derive again than to keep."""
         table = self.table.append_column("feasible", to_arrow(feasible))
-        kept = {*wanted, "feasible", "top1_pct_drop", "seeds", ROW.name}
+        kept = {*wanted, *DROPS, "feasible", "seeds", ROW.name}
         if len(self.row) > len(self):  # means over seeds, which cannot be read again
             kept |= set(NUMERIC)
         return Candidates(table.select([n for n in table.column_names if n in kept]), self.row, self.of)

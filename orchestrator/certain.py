@@ -16,20 +16,13 @@ import pyarrow as pa
 from orchestrator.axes import Axis, read_axes, source_of
 from orchestrator.candidates import ROW, Candidates, read_candidates
 from orchestrator.columns import equals, floats, to_arrow
-from orchestrator.constraints import Constraint
+from orchestrator.constraints import DROPS, Constraint
+from orchestrator.contenders import MOST, contenders, front
 from orchestrator.described import describe
 from orchestrator.frontier import nondominated
 from orchestrator.ledger_snapshot import Snapshot
 from orchestrator.ledger_trials import feasible
-from orchestrator.uncertainty import (
-    CERTAIN,
-    MOST,
-    POSSIBLE,
-    Groups,
-    contenders,
-    front,
-    judged,
-)
+from orchestrator.uncertainty import CERTAIN, POSSIBLE, Groups, judged
 from workers.protocol import INTERVALS
 
 Floats = npt.NDArray[np.float64]
@@ -121,7 +114,7 @@ def judge(snapshot: Snapshot, context: str | None, constraints: Sequence[Constra
     used = set() if condition is None else set(condition.columns)
     sources = {source_of(name)[0] for name in question.objectives} & set(INTERVALS)
     bounds = [f"{name}_{end}" for name in sources for end in ("low", "high")]
-    metrics = ("top1_pct_drop", *(c.metric for c in constraints))
+    metrics = (*DROPS, *(c.metric for c in constraints))
     wanted = {*question.objectives, *question.columns, *used, *bounds}
     found = read_candidates(snapshot, context, {*wanted, *metrics})
     ok = equals(found.table["status"], "ok")

@@ -55,8 +55,8 @@ def compare(
 
 
 def _lines(found: Comparison) -> list[dict[str, str]]:
-    """Returns a row for each thing that differs in the recipes, each metric, how probably it is better, and the images that
-    only one has right."""
+    """Returns a row for each thing that differs in the recipes, each metric, how probably it is better, and the
+    examples that only one has right."""
     from orchestrator.interval_text import metric_text
 
     heads = [f"{trial} against the first" for trial in found.trials[1:]]
@@ -75,7 +75,9 @@ def _lines(found: Comparison) -> list[dict[str, str]]:
                 {"what": "  probability of better", **dict(zip(heads, map(_chance, metric.against), strict=True))}
             )
         if any(one is not None and one.p_value is not None for one in metric.against):
-            rows.append({"what": "  right in one only", **dict(zip(heads, map(_images, metric.against), strict=True))})
+            rows.append(
+                {"what": "  right in one only", **dict(zip(heads, map(_examples, metric.against), strict=True))}
+            )
     return rows
 
 
@@ -94,10 +96,10 @@ def _chance(one: Against | None) -> str:
     return "" if one is None or one.probability is None else f"{one.probability:.3f}"
 
 
-def _images(one: Against | None) -> str:
+def _examples(one: Against | None) -> str:
     if one is None or one.p_value is None:
         return ""
-    return f"{one.only_first} lost, {one.only_this} won, p {one.p_value:.2g} (McNemar)"
+    return f"{one.only_first} lost, {one.only_this} won, p {one.p_value:.2g} ({one.test})"
 
 
 def _shown(value: Any) -> str:

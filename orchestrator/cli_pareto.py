@@ -139,16 +139,17 @@ def _for_people(
     """Returns what fits a terminal, labels without what the study fixes; other formats have every column."""
     import pyarrow as pa
 
+    from orchestrator.constraints import DROPS
     from orchestrator.interval_text import metric_text
     from orchestrator.labels import short_label
     from orchestrator.text_columns import strings
     from workers.protocol import Recipe
 
     found = rows.to_pylist()
-    drop = [] if "top1_pct_drop" in shown else ["top1_pct_drop"]
+    drops = [drop for drop, accuracy in DROPS.items() if any(row[accuracy] is not None for row in found)]
     columns: dict[str, Any] = {} if choice is None else {"choice": strings(choice)}
     columns["trial_id"] = strings([row["trial_id"] for row in found])
-    for name in dict.fromkeys([*shown, *drop]):
+    for name in dict.fromkeys([*shown, *drops]):
         columns[name] = strings([metric_text(name, row) for row in found])
     columns["probability"] = strings([f"{row['probability']:.2f}{'' if row['certain'] else ' ?'}" for row in found])
     labels = [short_label(Recipe.from_json(row["recipe"]), searched) for row in found]

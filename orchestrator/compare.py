@@ -14,13 +14,16 @@ from orchestrator import estimates
 from orchestrator.axes import Axis, read_axes
 from orchestrator.candidates import ROW, Candidates, simulated
 from orchestrator.columns import to_arrow
-from orchestrator.estimates import ACCURACY
 from orchestrator.ledger import Ledger, Snapshot
+from orchestrator.quantiles import floor_width
 from orchestrator.show import find_trial
-from orchestrator.uncertainty import floor_width
-from workers.protocol import INTERVALS, OBJECTIVES
+from workers.protocol import ACCURACIES, INTERVALS, OBJECTIVES
 
 Floats = npt.NDArray[np.float64]
+Numbers = npt.NDArray[np.int64]
+
+MOST_EXACT = 5000
+"""Gains of several sizes that are tested exactly; the effort grows with the square of their number."""
 
 SAME, BETTER, WORSE, OPEN = "the same", "better", "worse", "cannot be told apart"
 
@@ -37,8 +40,8 @@ class Against:
         verdict: :data:`BETTER`, :data:`WORSE`, :data:`SAME` or :data:`OPEN`.
         difference: for an accuracy, in points; ``ratio`` for other metrics; with the ends of its 95 % interval (None: exact).
         probability: that it is the better one of the two, by the draws; None where both are exact.
-        only_first, only_this: images that only one of the two has right; None where that is not known.
-        p_value: two-sided mid-p value of McNemar's exact test on them.
+        only_first, only_this: examples that one of the two has right and the other not, or less; None where that is not known.
+        p_value, test: two-sided p value of the test on them, and its name.
     """
 
     verdict: str
@@ -50,6 +53,7 @@ class Against:
     only_first: int | None = None
     only_this: int | None = None
     p_value: float | None = None
+    test: str | None = None
 
 
 @dataclass(frozen=True)
@@ -162,13 +166,14 @@ def _metric(
     columns = {"value": axis.value, "low": low, "high": high, "ratio": ratio}
     values = [{key: _plain(column[i]) for key, column in columns.items()} for i in range(count)]
     rows = np.arange(count)
-    right = None
-    if name == ACCURACY and found is not None:
-        right = estimates.right_images(snapshot, trials.shown(snapshot, ["trial_id", "attempt_id"], rows))
+    scores = None
+    if name in ACCURACIES and found is not None:
+        scores = estimates.example_scores(name, snapshot, trials.shown(snapshot, ["trial_id", "attempt_id"], rows))
     draws = axis.drawn(snapshot, trials, rows, ids, flags).values
     against = [None if np.isnan(axis.value[[0, i]]).any() else _against(axis, draws, i) for i in range(1, count)]
-    if right is not None:
-        against = [one and _by_images(one, right[0] > 0, right[i] > 0, count) for i, one in enumerate(against, 1)]
+    if scores is not None:
+        tenths = np.rint(10 * scores).astype(np.int64)
+        against = [one and _by_examples(one, tenths[i] - tenths[0], count) for i, one in enumerate(against, 1)]
     return Metric(name, values, against)
 
 
@@ -182,7 +187,7 @@ def _against(axis: Axis, draws: Floats, i: int) -> Against:
         verdict = SAME if mean == 0 else verdict
     ends = sorted(axis.sign * np.quantile(gap, (0.025, 0.975))) if spread else None
     better = float((gap < 0).mean() + (gap == 0).mean() / 2) if spread else None
-    if axis.source == ACCURACY:
+    if axis.source in ACCURACIES:
         low, high = ends or (None, None)
         difference = float(axis.value[i] - axis.value[0])
         return Against(verdict, difference, None, _plain(low), _plain(high), better)
@@ -191,26 +196,57 @@ def _against(axis: Axis, draws: Floats, i: int) -> Against:
     return Against(verdict, None, ratio, low, high, better)
 
 
-def _by_images(found: Against, first: npt.NDArray[np.bool_], this: npt.NDArray[np.bool_], count: int) -> Against:
-    """Adds McNemar's test, which then has the verdict, at the level of the floor for ``count`` trials."""
-    only_first, only_this = int((first & ~this).sum()), int((this & ~first).sum())
-    p_value = mcnemar_mid_p(only_first, only_this)
+def _by_examples(found: Against, gains: Numbers, count: int) -> Against:
+    """Adds the exact test, which then has the verdict, at the level of the floor for ``count`` trials.
+
+    Args:
+        gains: (examples,) what this trial has more of each than the first one, in tenths.
+    """
+    p_value, test = paired_test(gains)
     level = math.erfc(float(floor_width(count)) / math.sqrt(2))
-    verdict = SAME if only_first == only_this == 0 else OPEN
+    verdict = OPEN if gains.any() else SAME
     if p_value < level:
-        verdict = BETTER if only_this > only_first else WORSE
-    return replace(found, verdict=verdict, only_first=only_first, only_this=only_this, p_value=p_value)
+        verdict = BETTER if gains.sum() > 0 else WORSE
+    return replace(
+        found,
+        verdict=verdict,
+        only_first=int((gains < 0).sum()),
+        only_this=int((gains > 0).sum()),
+        p_value=p_value,
+        test=test,
+    )
 
 
-def mcnemar_mid_p(only_first: int, only_this: int) -> float:
-    """Returns the two-sided mid-p value of McNemar's exact test: that of a fair coin thrown once an image that only one of
-    the two has right. Source: Fagerland, Lydersen, Laake 2013, BMC Medical Research Methodology 13:91."""
-    n, least = only_first + only_this, min(only_first, only_this)
-    if only_first == only_this:
-        return 1.0
-    below = sum(math.comb(n, k) for k in range(least))
-    p_value: float = (2 * below + math.comb(n, least)) / 2**n
-    return min(1.0, p_value)
+def paired_test(gains: Numbers) -> tuple[float, str]:
+    """Tests whether the sum of ``gains`` (n,) is 0: each could as well have had the other sign.
+
+    Where all gains are of one size, as between right and wrong, this is McNemar's exact test. Source: Pitman 1937, Supplement to
+    the JRSS 4:119; the mid-p value: Fagerland, Lydersen, Laake 2013, BMC Medical Research Methodology 13:91.
+
+    Returns:
+        The two-sided mid-p value, and the test's name; of more than :data:`MOST_EXACT` gains of several sizes the normal one.
+    """
+    sizes, counts = np.unique(np.abs(gains[gains != 0]), return_counts=True)
+    name = "McNemar" if len(sizes) <= 1 and set(sizes.tolist()) <= {10} else "sign flips"
+    won, lost = int(gains[gains > 0].sum()), int(-gains[gains < 0].sum())
+    if won == lost:
+        return 1.0, name
+    if len(sizes) > 1 and counts.sum() > MOST_EXACT:
+        distance = abs(won - lost) / math.sqrt(float(sizes**2 @ counts))
+        return math.erfc(distance / math.sqrt(2)), name
+    chance = np.ones(1)  # of each sum of the gains that count as won
+    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        spread = np.zeros(size * count + 1)
+        spread[::size] = _coin(count)
+        chance = np.convolve(chance, spread)
+    least = min(won, lost)
+    return min(1.0, float(2 * chance[:least].sum() + chance[least])), name
+
+
+def _coin(throws: int) -> Floats:
+    """Returns the probability of each number of heads, (throws + 1,)."""
+    logs = [math.lgamma(throws + 1) - math.lgamma(k + 1) - math.lgamma(throws - k + 1) for k in range(throws + 1)]
+    return np.exp(np.array(logs) - throws * math.log(2))
 
 
 def _plain(value: float | None) -> float | None:

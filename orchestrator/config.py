@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from orchestrator import study_faults as judge
-from orchestrator import study_schema, study_techniques
+from orchestrator import study_schema, study_tasks, study_techniques
 from orchestrator.study_schema import StudyConfig, model_info
 from orchestrator.study_yaml import ABSENT, MAX_BYTES, Fault, StudyError, nearest, path_text, read, with_lines
 from workers.peak_memory import MIN_CPU_BYTES
@@ -107,13 +107,21 @@ def check_same_study(config: StudyConfig, stored: Mapping[str, Any], folder: str
     Raises:
         StudyRefused: it asks another one.
     """
-    now = config.to_dict()
-    changed = [key for key in now if key not in MAY_CHANGE and stored.get(key) != now[key]]
+    now, before = config.to_dict(), _as_read_now(stored)
+    changed = [key for key in now if key not in MAY_CHANGE and before.get(key) != now[key]]
     if changed:
         raise StudyRefused(
             f"{folder} holds another study of the name {config.name}: they differ in {', '.join(changed)}; "
             "use another --name or --storage"
         )
+
+
+def _as_read_now(stored: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a stored config with the keys that it lacks because they are newer than it."""
+    try:
+        return StudyConfig.from_dict(stored).to_dict()
+    except ValidationError:
+        return stored
 
 
 def parse_duration_s(text: str) -> float:
@@ -167,23 +175,30 @@ def _checked(
         study = StudyConfig.model_validate(values)
     except ValidationError as error:
         found += [_schema_fault(e) for e in error.errors(include_url=False)]
-    techniques, technique_faults = study_techniques.resolve_techniques(values.get("techniques"))
+    model, data, training = (values.get(key) for key in ("model", "data", "training"))
+    family = study_tasks.family_of(model)
+    techniques, technique_faults = study_techniques.resolve_techniques(values.get("techniques"), family)
     recipes, recipe_faults = study_techniques.resolve_recipes(
         values.get("recipes"),
         techniques,
         values.get("techniques"),
         values.get("max_techniques", _default("max_techniques")),
+        family,
     )
-    model, data = values.get("model"), values.get("data")
-    model = model if isinstance(model, Mapping) else {}
+    checkpoint = model.get("checkpoint") if isinstance(model, Mapping) else None
     found += [
         *technique_faults,
         *recipe_faults,
         *judge.objective_faults(values.get("objectives"), values.get("reference_point")),
-        *judge.model_name_faults(model.get("name")),
-        *(judge.checkpoint_faults(model.get("checkpoint")) if check_files else ()),
+        *study_tasks.metric_faults(values.get("objectives"), values.get("constraints"), data),
+        *judge.model_name_faults(model),
+        *study_tasks.family_faults(model, data),
+        *study_tasks.shape_faults(model, data),
+        *(judge.checkpoint_faults(checkpoint) if check_files else ()),
         *judge.data_faults(data, must_exist=check_files),
-        *judge.training_faults(values.get("training"), data),
+        *study_tasks.data_key_faults(data),
+        *judge.training_faults(training, data),
+        *study_tasks.augmentation_faults(training, data),
         *judge.resource_faults(values.get("device"), values.get("resources")),
     ]
     if study is not None:

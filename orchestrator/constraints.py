@@ -1,6 +1,6 @@
 """Constraints of a study: ``metric op number``, parsed and judged; standard library only.
 
-Besides the objectives a constraint may name ``top1_pct_drop`` (the baseline's top-1 minus the trial's, in percentage
+Besides the objectives a constraint may name ``<accuracy>_drop`` (the baseline's accuracy minus the trial's, in percentage
 points) and ``<objective>_ratio`` (the trial's value over the baseline's).
 """
 
@@ -13,9 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from workers.protocol import OBJECTIVES
+from workers.protocol import ACCURACIES, OBJECTIVES
 
-METRICS = (*OBJECTIVES, "top1_pct_drop", *(f"{name}_ratio" for name in OBJECTIVES))
+DROPS = {f"{name}_drop": name for name in ACCURACIES}
+"""Metric to the accuracy of which it is the baseline's minus the trial's, in percentage points."""
+
+METRICS = (*OBJECTIVES, *DROPS, *(f"{name}_ratio" for name in OBJECTIVES))
 """What a constraint may name."""
 
 _OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
@@ -65,14 +68,13 @@ class Constraint:
 
 
 def derived(metrics: Mapping[str, float], baseline: Mapping[str, float]) -> dict[str, float]:
-    """Returns ``metrics`` with ``top1_pct_drop`` and the ``*_ratio`` of every objective that both hold.
+    """Returns ``metrics`` with the ``*_drop`` of accuracies and the ``*_ratio`` of every objective that both hold.
 
     A ratio that ``metrics`` already has (a paired measurement) stays as it is; one over a baseline of 0 is left out.
     """
     found = dict(metrics)
     both = [name for name in OBJECTIVES if name in metrics and name in baseline]
-    if "top1_pct" in both:
-        found["top1_pct_drop"] = baseline["top1_pct"] - metrics["top1_pct"]
+    found |= {drop: baseline[name] - metrics[name] for drop, name in DROPS.items() if name in both}
     for name in both:
         if baseline[name]:
             found.setdefault(f"{name}_ratio", metrics[name] / baseline[name])

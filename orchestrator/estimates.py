@@ -16,14 +16,17 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from orchestrator.columns import booleans, floats, group_numbers
+from orchestrator.draws import normals, rounded
+from orchestrator.ledger_schema import metric_of
 from orchestrator.ledger_snapshot import Snapshot
-from orchestrator.uncertainty import Z95, normals, rounded, t975
-from workers.protocol import INTERVALS, OBJECTIVES, SPEED_OBJECTIVES
+from orchestrator.quantiles import Z95, t975
+from workers.protocol import ACCURACIES, INTERVALS, OBJECTIVES, SPEED_OBJECTIVES
 
 Floats = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
 
-ACCURACY = "top1_pct"
+LEVELS = np.array([0.0, 0.3, 0.6, 0.9, 1.0], np.float32)
+"""Score of a VQA answer by how many of the ten annotators gave it, 4 or more being one."""
 
 KINDS: Mapping[str, str] = {"latency_ms_p50": "latency", "throughput_images_per_s": "throughput"}
 """Speed to the kind of its measurement records."""
@@ -80,7 +83,7 @@ def estimate(name: str, snapshot: Snapshot, trials: pa.Table, of: Numbers, count
     """
     assert name in INTERVALS
     value, low, high = (floats(trials[c]) for c in (name, f"{name}_low", f"{name}_high"))
-    if name == ACCURACY:
+    if name in ACCURACIES:
         return _accuracy(value, low, high, of, count)
     ratio = np.full(len(of), np.nan)
     again = (np.empty(0, np.int64), np.empty(0))
@@ -144,7 +147,7 @@ def _ratio_scale(
 
 
 def _accuracy(value: Floats, low: Floats, high: Floats, of: Numbers, count: int) -> Estimate:
-    """The interval over the images (the seeds have seen the same ones) and that over the seeds, independent of each other."""
+    """The interval over the examples (the seeds have seen the same ones) and that over the seeds, independent of each other."""
     seeds = np.bincount(of, minlength=count)
     point, below, above = (np.bincount(of, weights=x, minlength=count) / seeds for x in (value, low, high))
     squares = np.bincount(of, weights=(value - point[of]) ** 2, minlength=count)
@@ -164,38 +167,46 @@ def _accuracy(value: Floats, low: Floats, high: Floats, of: Numbers, count: int)
     )
 
 
-# --- accuracy, image by image -----------------------------------------------------------------------------------------
+# --- accuracy, example by example -------------------------------------------------------------------------------------
 
 
-def right_images(snapshot: Snapshot, trials: pa.Table) -> npt.NDArray[np.float32] | None:
-    """Reads which search images each trial had right.
+def example_scores(name: str, snapshot: Snapshot, trials: pa.Table) -> npt.NDArray[np.float32] | None:
+    """Reads how right each trial had every example of the search split, in the measure of one accuracy.
 
     Args:
+        name: of ``protocol.ACCURACIES``.
         trials: with ``trial_id`` and ``attempt_id``.
 
     Returns:
-        (t, images) of 0 and 1; None where a trial has no such record, or they are over different numbers of images.
+        (t, examples) from 0 to 1: right or wrong, of VQA the values of :data:`LEVELS`; None where a trial has no such
+        record, or they are over different numbers of examples.
     """
     ids = trials["trial_id"].combine_chunks()
     found = snapshot.records("accuracy_search", ids, ["attempt_id", "conditions"])
-    attempts = {name: i for i, name in enumerate(trials["attempt_id"].to_pylist())}
-    rows: list[npt.NDArray[np.uint8] | None] = [None] * len(trials)
+    attempts = {attempt: i for i, attempt in enumerate(trials["attempt_id"].to_pylist())}
+    rows: list[npt.NDArray[np.float32] | None] = [None] * len(trials)
     for attempt, text in zip(found["attempt_id"].to_pylist(), found["conditions"].to_pylist(), strict=True):
-        if attempt in attempts:
-            rows[attempts[attempt]] = _bits(json.loads(text or "{}"))
+        conditions = json.loads(text or "{}")
+        if attempt in attempts and metric_of(conditions) == name:
+            rows[attempts[attempt]] = _scores(conditions)
     known = [row for row in rows if row is not None]
     if not rows or len(known) < len(rows) or len({len(row) for row in known}) > 1:
         return None
-    return np.stack(known).astype(np.float32)
+    return np.stack(known)
 
 
-def _bits(conditions: Mapping[str, Any]) -> npt.NDArray[np.uint8] | None:
+def _scores(conditions: Mapping[str, Any]) -> npt.NDArray[np.float32] | None:
     try:
-        images = int(conditions["images"])
+        examples = int(conditions["images"])
+        if "levels" in conditions:
+            levels = np.frombuffer(conditions["levels"].encode(), np.uint8) - ord("0")
+            return LEVELS[levels] if len(levels) == examples else None
         packed = np.frombuffer(bytes.fromhex(conditions["correct_bits"]), np.uint8)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, IndexError):
         return None
-    return np.unpackbits(packed, count=images) if len(packed) == (images + 7) // 8 else None
+    if len(packed) != (examples + 7) // 8:
+        return None
+    return np.unpackbits(packed, count=examples).astype(np.float32)
 
 
 def seed_noise(values: Floats, seeds: Numbers, of: Numbers, found: Estimate) -> Floats:

@@ -169,8 +169,8 @@ def _record(
         "label": row["label"],
         "files": {file.name: _file(file) for file in sorted(folder.iterdir())},
         "input": {
-            "name": "images",
-            "shape": ["batch", channels, side, side],
+            "name": "pixel_values" if "text" in preprocessing else "images",
+            "shape": ["batch", *([2] if preprocessing.get("task") == "nlvr2" else []), channels, side, side],
             "dtype": "float32",
             "preprocessing": preprocessing,
         },

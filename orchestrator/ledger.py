@@ -103,13 +103,13 @@ class Ledger:
         self.clear_running(row["trial_id"])
         return created
 
-    def write_report(self, trial_id: str, recipe_hash: str, measurement: Mapping[str, Any]) -> bool:
-        """Adds the accuracy on the report split to a trial that has ended; False if it was there already, and stays.
+    def write_report(self, trial_id: str, recipe_hash: str, *measurements: Mapping[str, Any]) -> bool:
+        """Adds the accuracies on the report split to a trial that has ended; False if they were there already, and stay.
 
         Args:
-            measurement: the fields of ``protocol.Measurement``.
+            measurements: the fields of ``protocol.Measurement``, one an accuracy.
         """
-        record = report_record(trial_id, recipe_hash, measurement)
+        record = report_record(trial_id, recipe_hash, *measurements)
         name = self._files.name("reports", f"{trial_id}.json")
         return self.storage.put_if_absent(name, json.dumps(record, allow_nan=False).encode())
 

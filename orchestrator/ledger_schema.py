@@ -1,6 +1,6 @@
 """What a ledger row is: Arrow schemas with a version, and the way from a spec and its result to a row.
 
-Stored columns only. Columns that follow from other rows (accepted attempt, top-1 drop, feasibility) are computed when
+Stored columns only. Columns that follow from other rows (accepted attempt, drop of accuracy, feasibility) are computed when
 read: ``ledger_trials.py``.
 """
 
@@ -238,6 +238,11 @@ def measurements_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     return pa.Table.from_arrays(
         [pa.array([m.get(f.name) for m in flat], f.type) for f in MEASUREMENTS], schema=MEASUREMENTS
     )
+
+
+def metric_of(conditions: Mapping[str, Any]) -> str:
+    """Returns which accuracy a record of kind ``accuracy_search`` or ``accuracy_report`` is of; old records do not say it."""
+    return str(conditions.get("metric", "top1_pct"))
 
 
 def _json(value: Any) -> str | None:

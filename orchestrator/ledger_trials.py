@@ -14,14 +14,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from orchestrator.columns import Floats, Mask, booleans, equals, floats, group_few, group_numbers, integers, to_arrow
-from orchestrator.constraints import Constraint
+from orchestrator.constraints import DROPS, Constraint
 from orchestrator.ledger_schema import ATTEMPTS, RATIOS
-from workers.protocol import OBJECTIVES, SPEED_OBJECTIVES
+from workers.protocol import ACCURACIES, OBJECTIVES, SPEED_OBJECTIVES
 
 _STORED = [f for f in ATTEMPTS if f.name not in (*RATIOS, "spec")]
 _DERIVED = [
-    pa.field("top1_pct_drop", pa.float64()),
-    *(pa.field(name, pa.float64()) for name in RATIOS),
+    *(pa.field(name, pa.float64()) for name in (*DROPS, *RATIOS)),
     pa.field("feasible", pa.bool_()),
     pa.field("slower_than_baseline", pa.bool_()),
     pa.field("attempts", pa.int64()),
@@ -30,8 +29,8 @@ _DERIVED = [
 _DERIVED_NAMES = frozenset(f.name for f in _DERIVED)
 
 TRIALS = pa.schema([*_STORED, *_DERIVED])
-"""Columns of the trials table: the stored ones of the accepted attempt, then the derived ones. ``top1_pct_drop`` is the
-top-1 of the same context's baseline minus this one, in points; ``*_ratio`` the value over the baseline's; ``feasible``
+"""Columns of the trials table: the stored ones of the accepted attempt, then the derived ones. ``*_drop`` is the
+accuracy of the same context's baseline minus this one, in points; ``*_ratio`` the value over the baseline's; ``feasible``
 says that the trial is ok and keeps every constraint of the study; ``slower_than_baseline`` that a speed's whole interval is
 on the slow side of the strong baseline's; ``attempts`` counts."""
 
@@ -42,8 +41,7 @@ DEFAULT_COLUMNS = (
     "trial_id",
     "number",
     "label",
-    "top1_pct",
-    "top1_pct_drop",
+    *(name for pair in zip(ACCURACIES, DROPS, strict=True) for name in pair),
     "size_bytes",
     "params",
     "macs",
@@ -153,8 +151,8 @@ def _needed(names: Iterable[str], constraints: Sequence[Constraint]) -> set[str]
             needed |= {f"{speed}_{end}" for speed, end in _SLOW_ENDS.items()}
             metrics = [f"{speed}_ratio" for speed in _SLOW_ENDS]
         for metric in metrics:
-            if metric == "top1_pct_drop":
-                needed |= {"top1_pct", *_FOR_BASELINE}
+            if metric in DROPS:
+                needed |= {DROPS[metric], *_FOR_BASELINE}
             elif metric in RATIOS:
                 needed |= {metric, metric.removesuffix("_ratio"), *_FOR_BASELINE}
             elif metric != "attempts":
@@ -187,9 +185,9 @@ class _Derived:
         return found
 
     def metric(self, name: str) -> Floats:
-        """Values of an objective, of ``top1_pct_drop`` or of a ratio, one a row."""
-        if name == "top1_pct_drop":
-            return self._baseline("top1_pct") - self._floats("top1_pct")
+        """Values of an objective, of a drop or of a ratio, one a row."""
+        if name in DROPS:
+            return self._baseline(DROPS[name]) - self._floats(DROPS[name])
         if name in RATIOS:
             objective = name.removesuffix("_ratio")
             measured, baseline = self._floats(name), self._baseline(objective)
@@ -205,6 +203,8 @@ class _Derived:
     def _baseline(self, objective: str) -> Floats:
         """The objective of the baseline of each row's context: the mean over its ok rows (seeds)."""
         values = self._floats(objective)
+        if self.stored[objective].null_count == len(values):  # an accuracy that the study's task has not
+            return values
         context, contexts = group_few(self.stored["context"])
         is_baseline = booleans(self.stored["is_baseline"]) & equals(self.stored["status"], "ok")
         rows = is_baseline & ~np.isnan(values) & (context >= 0)

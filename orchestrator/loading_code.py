@@ -5,6 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+_WITH_TEXTS = (
+    "With vitpareto's `workers` package, PyTorch and transformers; `images` as above, one text for each; in this folder:",
+    "",
+    "```python",
+    "import json",
+    "",
+    "import torch",
+    "",
+    "from workers import artefact",
+    "from workers.tasks import tokenisers",
+    "",
+    'text = json.load(open("export.json"))["input"]["preprocessing"]["text"]',
+    'tokeniser, length = tokenisers.read(text["tokenizer"]), text["max_text_tokens"]',
+    'ids, mask = tokenisers.padded(tokeniser.encode(texts, length), length, text["pad_id"])',
+    'batch = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}',
+    'batch["pixel_values"] = torch.from_numpy(prepare(images))  # NLVR2: both of a pair, (B, 2, C, H, W)',
+    'model = artefact.load(".")  # no study, no training, no code from the file',
+    "with torch.inference_mode():",
+    "    logits = model(batch)  # (B, classes); of retrieval (B, 1), the score of a pair",
+    "```",
+)
+"""How an artefact of a vision-language model is used; it has no other format."""
+
 _LOADING: Mapping[str, Sequence[str]] = {
     "artefact": (
         "With vitpareto's `workers` package, PyTorch and timm; in this folder:",
@@ -68,7 +91,7 @@ def usage(export: Mapping[str, Any]) -> Iterator[str]:
     yield '    return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2), dtype="float32")'
     yield "```"
     yield ""
-    yield from _LOADING[export["format"]]
+    yield from _WITH_TEXTS if "text" in preparing else _LOADING[export["format"]]
     if export.get("class_names"):
         yield ""
         yield "Names of the classes, in the order of the logits: `class_names` in `export.json`."

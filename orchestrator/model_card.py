@@ -8,15 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from orchestrator.labels import ACCURACY_TITLES
+from orchestrator.ledger_schema import metric_of
 from orchestrator.loading_code import usage
 from orchestrator.rows import human
 from orchestrator.units import format_value
-from workers.protocol import INTERVALS, without_locations
+from workers.protocol import ACCURACIES, INTERVALS, without_locations
+
+IMAGES = "image_classification"
 
 _SPEEDS = ("latency", "throughput", "peak_memory")
 
 _NAMES: Mapping[str, str] = {
-    "top1_pct": "Top-1 accuracy, search split",
+    **{name: f"{title[0].upper()}{title[1:]}, search split" for name, title in ACCURACY_TITLES.items()},
     "size_bytes": "Size of the artefact",
     "params": "Parameters",
     "macs": "Multiply-accumulates an image",
@@ -25,6 +29,19 @@ _NAMES: Mapping[str, str] = {
     "throughput_images_per_s": "Throughput",
     "peak_memory_bytes": "Peak memory",
 }
+
+_DOES: Mapping[str, str] = {
+    IMAGES: "A vision transformer that sorts",
+    "vqa": "A vision-language model that answers questions about",
+    "entailment": "A vision-language model that sorts sentences with",
+    "nlvr2": "A vision-language model that sorts statements with pairs of",
+    "nlvr1": "A vision-language model that sorts statements with",
+    "retrieval": "A vision-language model that scores texts against",
+}
+"""Task to the beginning of what the model does to images."""
+
+_PIPELINES = {IMAGES: "image-classification", "vqa": "visual-question-answering"}
+"""Task to its name at Hugging Face, where it has one."""
 
 _FORMATS = {
     "artefact": "its artefact: `model.safetensors` and `manifest.json`",
@@ -66,11 +83,13 @@ def model_card(
 
 def _header(row: Mapping[str, Any], export: Mapping[str, Any]) -> Iterator[str]:
     tags = dict.fromkeys(
-        ["vitpareto", "vision-transformer", *(step["technique"] for step in row["recipe"]), export["format"]]
+        ["vitpareto", *_kind_tags(export), *(step["technique"] for step in row["recipe"]), export["format"]]
     )
     yield "---"
     yield "library_name: vitpareto"
-    yield "pipeline_tag: image-classification"
+    task = _task(export)
+    if task in _PIPELINES:
+        yield f"pipeline_tag: {_PIPELINES[task]}"
     yield "tags:"
     yield from (f"- {tag}" for tag in tags)
     yield "metrics:"
@@ -80,15 +99,32 @@ def _header(row: Mapping[str, Any], export: Mapping[str, Any]) -> Iterator[str]:
 
 def _what(row: Mapping[str, Any], export: Mapping[str, Any]) -> Iterator[str]:
     names = " + ".join(step["technique"] for step in row["recipe"])
-    _, channels, side, _ = export["input"]["shape"]
+    *_, channels, side, _ = export["input"]["shape"]
     kind = "compressed by vitpareto" if names else "as vitpareto's study started from it, not compressed"
     yield f"# {_model_name(row)}{f': {names}' if names else ', uncompressed'}"
     yield ""
     yield (
-        f"A vision transformer that sorts images of {side} x {side} pixels ({channels} "
-        f"channel{'s' if channels > 1 else ''}) into {export['output']['shape'][1]} classes, {kind}. This folder holds "
+        f"{_DOES[_task(export)]} images of {side} x {side} pixels ({channels} channel{'s' if channels > 1 else ''})"
+        f"{_outputs(export)}, {kind}. This folder holds "
         f"trial `{row['trial_id']}` of the study `{row['study']}` as {_FORMATS[export['format']]}."
     )
+
+
+def _task(export: Mapping[str, Any]) -> str:
+    return str(export["input"]["preprocessing"].get("task", IMAGES))
+
+
+def _kind_tags(export: Mapping[str, Any]) -> list[str]:
+    return ["vision-transformer"] if _task(export) == IMAGES else ["vision-language", _task(export)]
+
+
+def _outputs(export: Mapping[str, Any]) -> str:
+    classes, task = export["output"]["shape"][1], _task(export)
+    if task == "retrieval":
+        return ""
+    if task == "vqa":
+        return f" with {classes} answers"
+    return f" into {classes} classes"
 
 
 def _model_name(row: Mapping[str, Any]) -> str:
@@ -124,16 +160,16 @@ def _metrics(row: Mapping[str, Any], measurements: Sequence[Mapping[str, Any]]) 
     yield "|---|---:|---:|---:|"
     for name in [n for n in _NAMES if metrics.get(n) is not None]:
         yield f"| {_NAMES[name]} | {human(name, float(metrics[name]))} | {_interval(name, metrics)} | {_beside(name, row)} |"
-        if name == "top1_pct":
-            yield from _report_rows(measurements)
+        if name in ACCURACIES:
+            yield from _report_rows(name, measurements)
     yield ""
     images = (row["conditions"] or {}).get("search_images")
     yield (
         "The search split"
-        + (f" ({images} images)" if images else "")
+        + (f" ({images} examples)" if images else "")
         + " was seen by the search for recipes, so its accuracy "
-        "flatters; the report split was not. An interval of accuracy is Wilson's over the images, one of a speed the larger of "
-        "bootstrap and noise; the 95th percentile has none. Size, parameters and multiply-accumulates are exact."
+        "flatters; the report split was not. An interval of accuracy is over the examples (Wilson's; of VQA accuracy the normal "
+        "one), one of a speed the larger of bootstrap and noise; the 95th percentile has none. Size, parameters and multiply-accumulates are exact."
     )
     if row["is_baseline"]:
         yield "The speeds are those of the best uncompressed way to run the model: the unit that compressed ones are measured in."
@@ -150,18 +186,19 @@ def _interval(name: str, metrics: Mapping[str, Any]) -> str:
 def _beside(name: str, row: Mapping[str, Any]) -> str:
     if row["is_baseline"]:
         return "-"
-    if name == "top1_pct":
-        drop = row.get("top1_pct_drop")
+    if name in ACCURACIES:
+        drop = row.get(f"{name}_drop")
         return "-" if drop is None else f"{0 - drop:+.2f} points"
     ratio = row.get(f"{name}_ratio")
     return "-" if ratio is None else f"{ratio:.3f} times"
 
 
-def _report_rows(measurements: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    for m in (m for m in measurements if m["kind"] == "accuracy_report"):
+def _report_rows(name: str, measurements: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    title = _NAMES[name].replace("search", "report")
+    for m in (m for m in measurements if m["kind"] == "accuracy_report" and metric_of(m["conditions"]) == name):
         c = m["conditions"]
         interval = f"{c['wilson_low_pct']:.2f} % to {c['wilson_high_pct']:.2f} %"
-        yield f"| Top-1 accuracy, report split ({c['images']} images) | {m['value']:.2f} % | {interval} | - |"
+        yield f"| {title} ({c['images']} examples) | {m['value']:.2f} % | {interval} | - |"
 
 
 def _warnings(row: Mapping[str, Any]) -> Iterator[str]:

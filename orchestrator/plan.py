@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.config import StudyRefused, check_measurable, check_same_study
 from orchestrator.ledger import Ledger
 from orchestrator.space import SearchSpace
 from orchestrator.studies import find_storage
 from orchestrator.study_schema import StudyConfig, model_info
+from orchestrator.study_tasks import IMAGES, TASKS
 from orchestrator.units import format_seconds, format_value
 from workers.storage import Storage
+
+if TYPE_CHECKING:
+    from workers.techniques.record import ModelInfo
 
 
 def describe_plan(config: StudyConfig, storage: str) -> Iterator[str]:
@@ -29,10 +33,7 @@ def describe_plan(config: StudyConfig, storage: str) -> Iterator[str]:
     check_measurable(config, info)
     space = SearchSpace(config.techniques, info, max_techniques=config.max_techniques)
     yield f"study {config.name}: {config.trials} recipes towards {_objectives(config)}"
-    yield (
-        f"model {info.name}: {info.depth} blocks of width {info.embed_dim}, {info.num_tokens} tokens, "
-        f"{info.params:,} parameters; data {config.data.kind}, {info.num_classes} classes"
-    )
+    yield _model_line(config, info)
     yield from _space_lines(config, space)
     for text in config.constraints:
         yield f"constraint: {text}"
@@ -43,6 +44,20 @@ def describe_plan(config: StudyConfig, storage: str) -> Iterator[str]:
         )
     done, seconds = _finished_before(config, context.digest, store)
     yield _time_line(config, done, seconds)
+
+
+def _model_line(config: StudyConfig, info: ModelInfo) -> str:
+    task, tokens = TASKS[config.data.kind], f"{info.num_tokens} tokens"
+    blocks, classes = "blocks", f"{info.num_classes} classes"
+    if task != IMAGES:
+        text = info.num_text_tokens
+        tokens = f"up to {text} text and {info.num_tokens - text} image tokens"
+        blocks = "layers over both modalities"
+        classes = f"{task}, " + {"vqa": f"{info.num_classes} answers", "retrieval": "a score a pair"}.get(task, classes)
+    return (
+        f"model {info.name}: {info.depth} {blocks} of width {info.embed_dim}, {tokens}, {info.params:,} parameters; "
+        f"data {config.data.kind}, {classes}"
+    )
 
 
 def _objectives(config: StudyConfig) -> str:
@@ -143,6 +158,7 @@ def technique_rows() -> list[dict[str, Any]]:
                 "family": technique.family,
                 "stage": technique.stage,
                 "version": technique.version,
+                "models": list(technique.models),
                 "source": technique.source,
                 "parameters": parameters,
             }

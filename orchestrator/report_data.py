@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from orchestrator.constraints import DROPS
+from orchestrator.labels import ACCURACY_TITLES
+
 TITLES = {
-    "top1_pct": "top-1 accuracy",
+    **ACCURACY_TITLES,
     "size_bytes": "artefact size",
     "params": "weights",
     "macs": "MACs of one image",
@@ -16,11 +19,14 @@ TITLES = {
     "latency_ms_p95": "latency, batch 1, 95th percentile",
     "throughput_images_per_s": "throughput",
     "peak_memory_bytes": "peak memory",
-    "top1_pct_drop": "top-1 drop",
-    "report_top1_pct": "top-1 on the report split",
+    **{drop: f"{ACCURACY_TITLES[name].removesuffix(' accuracy')} drop" for drop, name in DROPS.items()},
+    **{
+        f"report_{name}": f"{title.removesuffix(' accuracy')} on the report split"
+        for name, title in ACCURACY_TITLES.items()
+    },
 }
-"""Metrics of the report, in the order in which it shows those that are no objectives. ``report_top1_pct`` is measured on
-images that the search never saw, for frontier members only."""
+"""Metrics of the report, in the order in which it shows those that are no objectives. ``report_*`` is measured on examples that
+the search never saw, for frontier members only."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ from datetime import timedelta
 from typing import Any
 
 from orchestrator import query
+from orchestrator.constraints import DROPS
 from orchestrator.labels import short_label
 from orchestrator.ledger import Ledger
+from orchestrator.ledger_schema import metric_of
 from orchestrator.report_data import TITLES, Candidate, Metric, Report
 from orchestrator.report_study import contributions, failure_classes, history, searched_numbers
 from orchestrator.status import study_status
@@ -74,7 +76,7 @@ def read_report(ledger: Ledger, objectives: Sequence[str] | None = None) -> Repo
 
 _BOUNDS = [f"{name}_{end}" for name in INTERVALS for end in ("low", "high")]
 _RATIOS = [f"{name}_ratio" for name in OBJECTIVES]
-_MEASURED = [*OBJECTIVES, "top1_pct_drop", "latency_ms_p95"]
+_MEASURED = [*OBJECTIVES, *DROPS, "latency_ms_p95"]
 _OF_TRIALS = ["trial_id", "number", "recipe", "recipe_hash", "seed", "status", "failure", "conditions", "started_at"]
 _MORE_OF_TRIALS = ["duration_s", "context", "slower_than_baseline", *_MEASURED, *_RATIOS, *_BOUNDS]
 
@@ -112,14 +114,15 @@ def _broken(trials: Sequence[Row]) -> Row | None:
 
 
 def _reported(ledger: Ledger) -> dict[str, dict[str, float]]:
-    """Returns trial id to the accuracy on the report split with its interval."""
+    """Returns trial id to its accuracies on the report split, as columns, with the ends of their intervals."""
     rows = ledger.measurements(["trial_id", "kind", "value", "conditions"]).to_pylist()
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for row in rows:
         if row["kind"] == "accuracy_report":
             stated = json.loads(row["conditions"] or "{}")
-            bounds = (stated.get("wilson_low_pct"), stated.get("wilson_high_pct"))
-            found[row["trial_id"]] = dict(zip(("value", "low", "high"), (row["value"], *bounds), strict=True))
+            name, bounds = f"report_{metric_of(stated)}", (stated.get("wilson_low_pct"), stated.get("wilson_high_pct"))
+            columns = dict(zip((name, f"{name}_low", f"{name}_high"), (row["value"], *bounds), strict=True))
+            found.setdefault(row["trial_id"], {}).update(columns)
     return found
 
 
@@ -134,12 +137,7 @@ def _with_trials(row: Row, trials: Sequence[Row], reported: Mapping[str, Mapping
         done.setdefault(f"{name}_ratio", None if ratio is None else ratio * scale)
     if len(trials) == 1:
         done = {name: trials[0][name] for name in _BOUNDS} | done
-    if row["trial_id"] in reported:
-        done |= {f"report_top1_pct{end}": reported[row["trial_id"]][key] for end, key in _ENDS.items()}
-    return done
-
-
-_ENDS = {"": "value", "_low": "low", "_high": "high"}
+    return {**done, **reported.get(row["trial_id"], {})}
 
 
 def _metrics(rows: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> list[Metric]:

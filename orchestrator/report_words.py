@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from orchestrator.constraints import DROPS
 from orchestrator.report_data import TITLES, Candidate, Report
 from orchestrator.status import format_failures
 from orchestrator.units import format_seconds, format_value
@@ -75,7 +76,7 @@ def best_close(report: Report) -> dict[str, tuple[Candidate, float]]:
 
 
 def _best(report: Report) -> str:
-    if report.position("top1_pct_drop") is None:
+    if not _drops(report):
         return ""
     close = [c for c in report.frontier("certain", "possible") if not c.is_baseline and _is_close(report, c)]
     if not close:
@@ -90,9 +91,13 @@ def _best(report: Report) -> str:
 
 
 def _is_close(report: Report, candidate: Candidate) -> bool:
-    where = report.position("top1_pct_drop")
-    drop = None if where is None else candidate.value[where]
-    return drop is not None and drop <= CLOSE_POINTS
+    drops = [candidate.value[where] for where in _drops(report)]
+    return bool(drops) and all(drop is not None and drop <= CLOSE_POINTS for drop in drops)
+
+
+def _drops(report: Report) -> list[int]:
+    """Returns where the drops of accuracies stand that the study has."""
+    return [where for where, metric in enumerate(report.metrics) if metric.name in DROPS]
 
 
 def _gain(report: Report, candidate: Candidate, name: str) -> float | None:
@@ -144,9 +149,15 @@ def facts(report: Report, made_at: datetime, version: str) -> list[tuple[str, st
     return [(name, text) for name, text in found if text]
 
 
+_FAMILIES = {"vilt": "ViLT", "meter": "METER"}
+
+
 def model_text(model: dict[str, Any]) -> str:
-    """Returns a study's model in a few words."""
-    made = model.get("create")
+    """Returns a study's model in a few words: family, name, and the settings that the study changes."""
+    made, family = model.get("create"), model.get("family", "timm")
+    if family != "timm":
+        changed = ", ".join(f"{key} {value}" for key, value in (made or {}).items())
+        return ", ".join(filter(None, [_FAMILIES.get(family, family), model.get("name"), changed]))
     if made:
         return f"ViT, width {made['width']}, depth {made['depth']}, {made['heads']} heads, patch {made['patch']}"
     return f"{model.get('name') or ''}{', pretrained' if model.get('pretrained') else ''}"

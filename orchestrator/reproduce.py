@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from orchestrator.ledger import Ledger
+from orchestrator.ledger_schema import metric_of
 from orchestrator.show import find_trial
 from orchestrator.units import format_seconds
-from orchestrator.verdicts import ACCURACY, Difference, Run, Verdict, differences, judge
+from orchestrator.verdicts import Difference, Run, Verdict, differences, judge
 from workers import artefact, stages, tasks
 from workers.models import checkpoint_digest
-from workers.protocol import INTERVALS, TrialSpec, trial_id
+from workers.protocol import ACCURACIES, INTERVALS, TrialSpec, trial_id
 from workers.run import run_trial
 from workers.stages import Stage, compile_recipe, prefix
 from workers.storage import LocalStorage, Storage
@@ -115,7 +116,7 @@ def _for_here(spec: TrialSpec, status: str, say: Say) -> TrialSpec:
     if spec.context.device != "cuda" or torch.cuda.is_available():
         return spec
     say("it was run on cuda, which this machine has not: it is run on cpu, speed and memory are not judged")
-    exact = tuple(name for name in spec.objectives if name == ACCURACY or name not in INTERVALS)
+    exact = tuple(name for name in spec.objectives if name in ACCURACIES or name not in INTERVALS)
     return replace(spec, context=replace(spec.context, device="cpu"), objectives=exact, gpus=0.0)
 
 
@@ -187,7 +188,7 @@ def _measured(ledger: Ledger, row: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _run(found: Mapping[str, Any], device: str, measurements: Sequence[Mapping[str, Any]]) -> Run:
     """Returns what is compared of a row or of a result."""
     records = {m["kind"]: m["conditions"] for m in measurements}
-    accuracy = records.get("accuracy_search", {})
+    accuracies = {metric_of(c): c for c in (m["conditions"] for m in measurements if m["kind"] == "accuracy_search")}
     provenance = found["provenance"] or {}
     names = (records.get(kind, {}).get("device_name") for kind in ("latency", "throughput"))
     return Run(
@@ -196,8 +197,8 @@ def _run(found: Mapping[str, Any], device: str, measurements: Sequence[Mapping[s
         metrics=found["metrics"] or {},
         device=device,
         device_name=provenance.get("device_name") or next((n for n in names if n), None),
-        predictions=accuracy.get("correct_bits"),
-        logits=accuracy.get("logits_digest"),
+        predictions={name: c[key] for name, c in accuracies.items() for key in ("correct_bits", "levels") if key in c},
+        logits={name: c["logits_digest"] for name, c in accuracies.items() if "logits_digest" in c},
         ways={kind: c["way"] for kind, c in records.items() if "way" in c},
     )
 

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+from orchestrator.constraints import DROPS
 from orchestrator.interval_text import metric_text
 from orchestrator.ledger import Ledger
 from orchestrator.units import format_seconds, unit_of
@@ -15,7 +16,7 @@ from workers.protocol import OBJECTIVES
 
 WIDTH = 118
 
-_FOR_PROGRAMS = ("correct_bits", "logits_digest", "cpu_flags")
+_FOR_PROGRAMS = ("correct_bits", "levels", "logits_digest", "cpu_flags")
 """What fills lines and tells a person nothing; ``--json`` has it."""
 
 _JSON = ("recipe", "metrics", "conditions", "stages", "seconds", "provenance", "optuna", "spec")
@@ -72,8 +73,7 @@ def describe_trial(row: dict[str, Any], ledger: Ledger, study: str, storage: str
 
 def _metric_lines(row: dict[str, Any]) -> Iterator[str]:
     metrics = dict(row["metrics"] or {})
-    if row["top1_pct_drop"] is not None:
-        metrics["top1_pct_drop"] = row["top1_pct_drop"]
+    metrics |= {drop: row[drop] for drop in DROPS if row[drop] is not None}
     yield "metrics:" if metrics else "metrics: none"
     told = {f"{n}_{end}" for n in OBJECTIVES for end in ("low", "high", "ratio")}  # beside their value
     about = metrics | {"simulated": (row["conditions"] or {}).get("simulated")}

@@ -129,6 +129,8 @@ def fault(recipe: Recipe, info: ModelInfo) -> str | None:
         return reason
     for step in recipe.steps:
         technique = registry()[step.technique]
+        if info.family not in technique.models:
+            return f"{step.technique}: works on models of family {', '.join(technique.models)}, not on {info.family}"
         try:
             config = make_config(technique.Config, step.config)
         except ValueError as error:  # values that are each allowed and contradict one another

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _PLAIN_VITS = ("vision_transformer", "deit")
 """Modules of timm that hold them."""
 
+FROM_FILES = ("imagefolder", "parquet", "cifar10", "cifar100", "vqa", "entailment", "nlvr2", "nlvr1", "retrieval")
+"""Kinds of data that lie somewhere."""
+
 _RELATIVE = "paths are relative to the study file, then to the working directory"
 
 # --- objectives -------------------------------------------------------------------------------------------------------
@@ -30,11 +33,7 @@ _RELATIVE = "paths are relative to the study file, then to the working directory
 def objective_faults(objectives: object, reference_point: object) -> list[Fault]:
     """Judges the names and directions of objectives, given as a list or mapping, and the reference point's names."""
     faults: list[Fault] = []
-    places: list[tuple[str, str, object]] = []
-    if isinstance(objectives, list):
-        places = [(f"objectives[{i}]", name, None) for i, name in enumerate(objectives) if isinstance(name, str)]
-    elif isinstance(objectives, Mapping):
-        places = [(f"objectives.{name}", name, direction) for name, direction in objectives.items()]
+    places = objective_places(objectives)
     for where, name, direction in places:
         if name not in OBJECTIVES:
             faults.append(Fault(where, "must be a known objective", name, nearest(name, OBJECTIVES)))
@@ -54,11 +53,20 @@ def objective_faults(objectives: object, reference_point: object) -> list[Fault]
     return faults
 
 
+def objective_places(objectives: object) -> list[tuple[str, str, object]]:
+    """Returns path, name and direction of each objective, None for the direction of one in a list."""
+    if isinstance(objectives, list):
+        return [(f"objectives[{i}]", name, None) for i, name in enumerate(objectives) if isinstance(name, str)]
+    given = objectives.items() if isinstance(objectives, Mapping) else ()
+    return [(f"objectives.{name}", name, direction) for name, direction in given if isinstance(name, str)]
+
+
 # --- model, files, device ---------------------------------------------------------------------------------------------
 
 
-def model_name_faults(name: object) -> list[Fault]:
+def model_name_faults(model: object) -> list[Fault]:
     """Judges a timm name: what is compressed here is a plain vision transformer."""
+    name = model.get("name") if isinstance(model, Mapping) and model.get("family", "timm") == "timm" else None
     if not isinstance(name, str) or name.startswith(("hf-hub:", "hf_hub:")):
         return []
     import timm
@@ -75,11 +83,18 @@ def checkpoint_faults(checkpoint: object) -> list[Fault]:
     """Judges whether a checkpoint can be read without running code; whether it fits the model is the model's matter."""
     if not isinstance(checkpoint, str):
         return []
+    from workers.models import ModelError, local_weights  # import torch
+
     path, where = Path(checkpoint), "model.checkpoint"
-    if not path.is_file():
-        return [Fault(where, "must be a file that exists", checkpoint, _RELATIVE)]
+    if not path.exists():
+        return [Fault(where, "must be a file or folder that exists", checkpoint, _RELATIVE)]
     try:
-        _open_checkpoint(path)
+        for file in local_weights.files(path):
+            _open_checkpoint(file)
+    except ModelError as error:
+        return [
+            Fault(where, f"must hold weights: {error}", checkpoint, "name the file, or a downloaded model's folder")
+        ]
     except OSError as error:
         return [Fault(where, f"must be readable: {error.strerror or error}", checkpoint, "check its permissions")]
     except Exception:  # noqa: BLE001 - a damaged or hostile file raises anything
@@ -108,8 +123,10 @@ def data_faults(data: object, *, must_exist: bool = True) -> list[Fault]:
     if not isinstance(data, Mapping):
         return []
     kind, path = data.get("kind"), data.get("path")
-    if kind in ("imagefolder", "parquet", "cifar10", "cifar100") and path is None:
+    if kind in FROM_FILES and path is None:
         return [Fault("data.path", f"must be given for kind {kind}", ABSENT, "name the folder or file with the images")]
+    if str(kind).startswith("digit_") and path is not None:
+        return [Fault("data.path", f"must be left out for kind {kind}", path, "the digits come with scikit-learn")]
     if isinstance(path, str) and "://" in path:
         return [Fault("data.path", "must be a path, not a URL", path, "mount it, or copy it to the nodes")]
     fetched = str(kind).startswith("cifar")  # torchvision downloads it to where it is not

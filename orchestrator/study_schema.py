@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from orchestrator.constraints import Constraint, ConstraintError, parse
@@ -21,6 +30,9 @@ if TYPE_CHECKING:
 SAMPLERS = ("tpe", "nsga2", "random")
 SAMPLER_GROUP = "vitpareto.samplers"
 """Entry point group through which other packages add samplers by name."""
+
+VISION_LANGUAGE = ("vilt", "meter")
+"""Families of models that see images with texts."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _QUANTITY = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*")
@@ -156,10 +168,14 @@ class CreateSection(Section):
 
 
 class ModelSection(Section):
-    """Which model: a timm name, or ``create``."""
+    """Which model: a timm name, or ``create``; of a vision-language family a name, settings that differ from its, or both.
 
+    The settings of those families are those of a class that is expensive to import: study_tasks.py judges them.
+    """
+
+    family: Literal["timm", "vilt", "meter"] = "timm"
     name: str | None = None
-    create: CreateSection | None = None
+    create: CreateSection | dict[str, Any] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     pretrained: bool = False
     checkpoint: str | None = None
@@ -172,25 +188,61 @@ class ModelSection(Section):
             return {**values, "train": not (values.get("pretrained") or values.get("checkpoint"))}
         return values
 
+    @field_validator("create", mode="before")
+    @classmethod
+    def _by_family(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, Mapping):
+            return value if info.data.get("family") in VISION_LANGUAGE else CreateSection.model_validate(value)
+        if value is None or isinstance(value, CreateSection):
+            return value
+        raise _broken("must be a mapping of settings", "for example {depth: 4}")
+
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.name is None) == (self.create is None):
-            raise _broken(
-                "must have either name or create", "name: vit_tiny_patch16_224, or create: {width: 64, depth: 4}"
-            )
-        if self.create is not None and (self.pretrained or self.options):
-            raise _broken("pretrained and options need a timm name", "use name instead of create")
+        if self.family in VISION_LANGUAGE:
+            if self.name is None and self.create is None:
+                raise _broken("must have a name, create, or both", f"name: {self.family}_tiny")
+            if self.options:
+                raise _broken("options are arguments of timm's", "use create")
+        else:
+            if (self.name is None) == (self.create is None):
+                raise _broken(
+                    "must have either name or create", "name: vit_tiny_patch16_224, or create: {width: 64, depth: 4}"
+                )
+            if self.create is not None and (self.pretrained or self.options):
+                raise _broken("pretrained and options need a timm name", "use name instead of create")
         if self.pretrained and self.checkpoint is not None:
             raise _broken("must not have both pretrained and checkpoint", "remove one of them")
         if not (self.train or self.pretrained or self.checkpoint is not None):
             raise _broken("must be trained, pretrained or loaded from a checkpoint", "remove `train: false`")
         return self
 
+    def settings(self) -> dict[str, Any]:
+        """Returns what a worker builds the model with, besides its name."""
+        if isinstance(self.create, CreateSection):
+            return self.create.timm_arguments()
+        return dict(self.options if self.create is None else self.create)
+
 
 class DataSection(Section):
-    """Which images; ``search_fraction`` of the training images becomes the search split."""
+    """Which images, with their texts where a task has some; ``search_fraction`` of the training ones becomes the search split."""
 
-    kind: Literal["digits", "cifar10", "cifar100", "imagefolder", "parquet"]
+    kind: Literal[
+        "digits",
+        "cifar10",
+        "cifar100",
+        "imagefolder",
+        "parquet",
+        "digit_vqa",
+        "digit_entailment",
+        "digit_nlvr",
+        "digit_retrieval",
+        "vqa",
+        "entailment",
+        "nlvr2",
+        "nlvr1",
+        "retrieval",
+    ]
     path: str | None = None
     image_size: Positive | None = None
     search_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -200,6 +252,15 @@ class DataSection(Section):
     report_limit: Positive | None = None
     mean: list[float] | None = None
     std: list[Annotated[float, Field(gt=0)]] | None = None
+    max_text_tokens: Annotated[int, Field(ge=3)] | None = None
+    truncation: bool = False
+    tokenizer: str | None = None
+    answers: Annotated[int, Field(ge=2)] = 3129
+    candidates: Annotated[int, Field(ge=2)] = 4
+
+
+VISION_LANGUAGE_KEYS = ("max_text_tokens", "truncation", "tokenizer", "answers", "candidates")
+"""Keys of the data section that images alone have no use for."""
 
 
 class RecoverySettings(Section):
@@ -403,15 +464,16 @@ class StudyConfig(Section):
         from workers.tasks import data_digest
 
         checkpoint = self.model.checkpoint
-        data = self.data.model_dump(mode="json")
+        unused = set() if self.model.family in VISION_LANGUAGE else set(VISION_LANGUAGE_KEYS)
+        data = self.data.model_dump(mode="json", exclude=unused)
         return Context(
             model={
-                "family": "timm",
+                "family": self.model.family,
                 "name": self.model.name,
                 "pretrained": self.model.pretrained,
                 "checkpoint": checkpoint,
                 "checkpoint_digest": checkpoint_digest(checkpoint) if checkpoint is not None else None,
-                "create": self.model.create.timm_arguments() if self.model.create else dict(self.model.options),
+                "create": self.model.settings(),
                 "train": self.model.train,
             },
             data={**data, "digest": data_digest(data)},

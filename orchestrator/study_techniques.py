@@ -21,8 +21,12 @@ _BOUNDS = ("low", "high", "step")
 # --- techniques -------------------------------------------------------------------------------------------------------
 
 
-def resolve_techniques(named: object) -> tuple[dict[str, dict[str, Any]], list[Fault]]:
-    """Returns what is searched of every parameter of the techniques without a fault, and the faults of the others."""
+def resolve_techniques(named: object, family: str = "timm") -> tuple[dict[str, dict[str, Any]], list[Fault]]:
+    """Returns what is searched of every parameter of the techniques without a fault, and the faults of the others.
+
+    Args:
+        family: of the study's model; a technique that does not work on it is a fault.
+    """
     from workers.techniques import registry  # imports torch
 
     resolved: dict[str, dict[str, Any]] = {}
@@ -31,6 +35,11 @@ def resolve_techniques(named: object) -> tuple[dict[str, dict[str, Any]], list[F
         where = f"techniques.{name}"
         if name not in registry():
             faults.append(Fault(where, "must be a known technique", name, nearest(name, registry())))
+            continue
+        possible = [technique for technique, record in registry().items() if family in record.models]
+        if possible and name not in possible:
+            rule = f"must be a technique that works on models of family {family}"
+            faults.append(Fault(where, rule, name, "these do: " + ", ".join(possible)))
             continue
         config = registry()[name].Config
         given = {} if given is None else given
@@ -159,7 +168,11 @@ def _whole(number: float) -> bool:
 
 
 def resolve_recipes(
-    given: object, techniques: Mapping[str, Mapping[str, Any]], named: object, max_techniques: object
+    given: object,
+    techniques: Mapping[str, Mapping[str, Any]],
+    named: object,
+    max_techniques: object,
+    family: str = "timm",
 ) -> tuple[list[list[dict[str, dict[str, Any]]]], list[Fault]]:
     """Returns the known-good recipes with complete configs, and their faults.
 
@@ -168,6 +181,7 @@ def resolve_recipes(
     Args:
         techniques: the study's techniques that had no fault, resolved.
         named: the ``techniques`` section as it stands; steps of a technique that has a fault there are not judged.
+        family: of the study's model, on which it depends what goes together.
     """
     recipes, faults = [], []
     for index, steps in enumerate(given) if isinstance(given, list) else ():
@@ -179,8 +193,8 @@ def resolve_recipes(
         if isinstance(max_techniques, int) and 1 <= max_techniques < len(names):
             rule = f"must have at most max_techniques = {max_techniques} steps"
             found.append(Fault(f"recipes[{index}]", rule, names, "raise max_techniques"))
-        if not found and (reason := composition.fault(names)):
-            orders = composition.legal_orders(names)
+        if not found and (reason := composition.fault(names, family)):
+            orders = composition.legal_orders(names, family)
             remedy = "a legal order is " + " -> ".join(orders[0]) if orders else "leave one of them out"
             found.append(Fault(f"recipes[{index}]", f"must be a legal combination: {reason}", names, remedy))
         recipes.append(recipe)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator import constraints, frontier
+from orchestrator.constraints import DROPS
 from orchestrator.labels import short_label
 from orchestrator.ledger import Ledger, attempt_row
 from orchestrator.searcher import Proposer, make_sampler
@@ -167,7 +168,7 @@ class Sweep:
 
     def _spec(self, recipe: Recipe, seed: int) -> TrialSpec:
         named = [c.metric for c in self.config.parsed_constraints()]
-        wanted = [*self.config.objectives, *(m.removesuffix("_ratio") for m in named if m != "top1_pct_drop")]
+        wanted = [*self.config.objectives, *(DROPS.get(m, m.removesuffix("_ratio")) for m in named)]
         identity = trial_id(recipe, seed, self.context, self.versions)
         return TrialSpec(
             study=self.config.name,

@@ -7,9 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from workers.protocol import INTERVALS, OBJECTIVES
-
-ACCURACY = "top1_pct"
+from workers.protocol import ACCURACIES, INTERVALS, OBJECTIVES
 
 MISSING = "not recorded"
 
@@ -25,7 +23,7 @@ class Run:
 
     Attributes:
         device: device kind that it ran on; ``device_name``: product name, None if unknown.
-        predictions: which search images were right, as hexadecimal digits; ``logits``: digest of the logits.
+        predictions: accuracy to how right each search example was, as hexadecimal digits; ``logits``: to the logits' digest.
         ways: kind of speed to the uncompressed way that it was timed against.
     """
 
@@ -34,8 +32,8 @@ class Run:
     metrics: Mapping[str, float]
     device: str
     device_name: str | None
-    predictions: str | None
-    logits: str | None
+    predictions: Mapping[str, str]
+    logits: Mapping[str, str]
     ways: Mapping[str, str]
 
 
@@ -82,7 +80,7 @@ def judge(row: Run, here: Run) -> list[Verdict]:
 
 
 def _judge(name: str, row: Run, here: Run) -> Verdict:
-    compared = f"{name}_ratio" if name in INTERVALS and name != ACCURACY else name
+    compared = f"{name}_ratio" if name in INTERVALS and name not in ACCURACIES else name
     before, now = _with_ends(name, compared, row.metrics), _with_ends(name, compared, here.metrics)
     verdict, note = _verdict(name, before, now, row, here)
     return Verdict(name, compared, *before, *now, verdict, note)
@@ -103,15 +101,15 @@ def _with_ends(name: str, compared: str, metrics: Mapping[str, float]) -> Ends:
 
 def _verdict(name: str, before: Ends, now: Ends, row: Run, here: Run) -> tuple[str, str]:
     a, b = before[0], now[0]
-    if name in INTERVALS and name != ACCURACY:
+    if name in INTERVALS and name not in ACCURACIES:
         if reason := _not_comparable(row, here):
             return "not judged", reason
         if a is not None and b is not None:
             return _ratio_verdict(name, before, now, row, here)
     if a is None or b is None:
         return "outside", "the row has no such value" if a is None else "no value here"
-    if name == ACCURACY:
-        return _accuracy_verdict(before, b, row, here)
+    if name in ACCURACIES:
+        return _accuracy_verdict(name, before, b, row, here)
     return ("equal", "") if a == b else ("outside", "must be equal")
 
 
@@ -123,9 +121,11 @@ def _not_comparable(row: Run, here: Run) -> str:
     return ""
 
 
-def _accuracy_verdict(before: Ends, now: float, row: Run, here: Run) -> tuple[str, str]:
-    if row.predictions is not None and row.predictions == here.predictions:
-        return "equal", "the same logits" if row.logits and row.logits == here.logits else "the same images are right"
+def _accuracy_verdict(name: str, before: Ends, now: float, row: Run, here: Run) -> tuple[str, str]:
+    known = name in row.predictions
+    if known and row.predictions[name] == here.predictions.get(name):
+        same = name in row.logits and row.logits[name] == here.logits.get(name)
+        return "equal", "the same logits" if same else "the same examples are right"
     _, low, high = before
     if low is None or high is None:
         return ("equal", "") if before[0] == now else ("outside", "the row has no interval")

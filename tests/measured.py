@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.ledger import Ledger
-from tests.test_ledger import make_row
+from tests.ledger_rows import make_row
 from workers.evaluation import wilson
 
 BASELINE_MS = 4.0

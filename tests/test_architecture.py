@@ -18,14 +18,19 @@ ONE_PLACE = {
     "matplotlib": {"orchestrator/plots.py"},
     "plotly": {"orchestrator/report.py"},
     "onnxruntime": {"workers/export.py"},
-    "pyarrow.parquet": {"orchestrator/ledger.py", "orchestrator/ledger_snapshot.py", "workers/tasks/encoded_images.py"},
+    "pyarrow.parquet": {
+        "orchestrator/ledger.py",
+        "orchestrator/ledger_snapshot.py",
+        "workers/tasks/encoded_images.py",
+        "workers/tasks/example_tables.py",
+    },
 }
 RAY = {
-    "orchestrator/driver.py",
     "orchestrator/finish.py",
     "orchestrator/losses.py",
     "orchestrator/ray_session.py",
     "orchestrator/submit.py",
+    "orchestrator/supervision.py",
     "orchestrator/trainable.py",
 }
 STANDARD_LIBRARY_ONLY = ("workers/protocol.py", "workers/techniques/record.py")
@@ -78,7 +83,7 @@ def test_each_library_has_one_place(package: str) -> None:
     assert users == ONE_PLACE[package]
 
 
-def test_ray_is_used_by_the_driver_the_trainable_and_the_job_client_only() -> None:
+def test_ray_is_used_where_studies_run_and_by_the_job_client_only() -> None:
     assert {name(p) for p in modules("orchestrator") if uses(p, "ray")} == RAY
 
 

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests import threads
 from tests.techniques.test_contract import SAMPLES
 from workers import artefact, models
 from workers.storage import open_storage
@@ -34,20 +35,20 @@ MODEL = {
 Chain = tuple[tuple[str, dict[str, Any]], ...]
 
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
-    *((name, {}) for name in registry() if name != "linformer"),  # whose 256 rows are for longer sequences
+    *((name, {}) for name in SAMPLES if name != "linformer"),  # whose 256 rows are for longer sequences
     *SAMPLES.items(),
     ("precision", {"dtype": "fp16"}),
     ("dynamic_int8", {"granularity": "per_tensor", "skip_head": True}),
     ("weight_only", {"bits": 8, "kernel": "packed"}),
     ("weight_only", {"bits": 4, "kernel": "packed", "group_size": 64}),
 )
-"""Every technique with its defaults, with what the contract tests use, and with the kernels that neither names."""
+"""Every technique for image models with its defaults, with what the contract tests use, and with the kernels that neither names."""
 
 
 def chains() -> Iterator[Chain]:
     yield ()
     yield from ((one,) for one in VARIANTS)
-    for pair in combinations(registry(), 2):
+    for pair in combinations(SAMPLES, 2):
         for order in legal_orders(pair):
             yield tuple((name, SAMPLES[name]) for name in order)
     packed = ("weight_only", {"kernel": "packed"})
@@ -61,13 +62,8 @@ NAMES = ["+".join(f"{n}{tuple(c.values())}" for n, c in chain) or "baseline" for
 BATCHES = (6, 1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads on a busy machine wait for each other; the bits are compared at several numbers in test_parity.py."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+one_thread = threads.one_thread
+"""The bits are compared at several numbers of threads in test_parity.py."""
 
 
 def build() -> nn.Module:

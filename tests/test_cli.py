@@ -1,4 +1,4 @@
-"""The command line: what every command prints where, exit statuses, and errors of one line that say what to do."""
+"""The command line on a study that was really run: what it prints, in every format, and what it refuses."""
 
 from __future__ import annotations
 
@@ -8,58 +8,19 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import typer.main
 import yaml
-from click.testing import Result
-from typer.testing import CliRunner
 
-from orchestrator import cli
-from orchestrator.labels import short_label
-from orchestrator.rows import format_rows
-from orchestrator.units import format_seconds
+from tests.cli_calls import call, process, refused
 from tests.processes import environment
 from tests.studies import tiny_study
-from workers.protocol import STATUSES, Recipe, Step
 
 RECIPES = [["precision"], ["dynamic_int8"], [{"magnitude_prune": {"mlp_ratio": 0.5}}, "precision"]]
-
-
-def call(*arguments: str, storage: Path | None = None) -> Result:
-    """Runs a command in this process."""
-    options = [] if storage is None else ["--storage", str(storage)]
-    return CliRunner().invoke(cli.app, [*arguments, *options])
-
-
-def refused(*arguments: str, storage: Path | None = None, status: int = 2) -> str:
-    """Runs a command that must fail with nothing on stdout; returns what it says on stderr, without a traceback."""
-    result = call(*arguments, storage=storage)
-    assert (result.exit_code, result.stdout) == (status, ""), result.output
-    assert "Traceback" not in result.stderr
-    return result.stderr
-
-
-def process(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment(),
-        timeout=200,
-        check=False,
-    )
-
-
-# --- a real run, read by everything below -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -295,213 +256,3 @@ def test_a_reader_that_stops_early_is_no_error(run: Run) -> None:
     shell = f"set -o pipefail; {command} --storage {run.storage} | head -1"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env=environment(), check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "range\n", "")
-
-
-# --- without a study --------------------------------------------------------------------------------------------------
-
-
-def commands() -> list[tuple[str, ...]]:
-    group = typer.main.get_command(cli.app)
-    names = list(group.commands)  # type: ignore[attr-defined]
-    return [(), *((name,) for name in names), *(("jobs", name) for name in group.commands["jobs"].commands)]  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_every_help_has_an_example(command: tuple[str, ...]) -> None:
-    text = " ".join(call(*command, "--help").stdout.split())
-    assert f"Example: vitpareto {' '.join(command)}".rstrip() in text
-
-
-def test_plan_says_what_would_run() -> None:
-    lines = call("plan", "quick").stdout.splitlines()
-    assert lines[0].startswith("study quick: 16 recipes towards top1_pct (maximize), size_bytes (minimize)")
-    assert any(re.match(r"search space: [\d,]+ recipes of up to 3 techniques", line) for line in lines)
-    assert any(line.startswith("  excluded: ") for line in lines)
-    assert any(line.startswith("each trial: 1 CPU") for line in lines)
-    assert lines[-1].startswith("time: at most ")
-
-
-def test_plan_of_a_space_without_a_recipe(tmp_path: Path) -> None:
-    file = tmp_path / "study.yaml"
-    file.write_text(yaml.safe_dump(tiny_study(techniques={"nystrom": {"landmarks": 64}})))
-    done = call("plan", str(file), storage=tmp_path)
-    assert (done.exit_code, "search space: 0 recipes" in done.stdout) == (2, True)
-    assert "none of its techniques can work on vit" in done.stderr
-
-
-def test_techniques() -> None:
-    rows = json.loads(call("techniques", "--format", "json").stdout)
-    tome = next(r for r in rows if r["name"] == "tome")
-    assert tome["family"] == "token_reduction"
-    assert tome["parameters"][0]["range"] == {"low": 0, "high": 64, "step": 1}
-    table = call("techniques").stdout.splitlines()
-    assert table[0].split() == ["technique", "family", "parameter", "searched", "default", "meaning"]
-    assert len(call("techniques", "--format", "csv").stdout.splitlines()) == len(rows) + 1
-
-
-@pytest.mark.parametrize("command", ["plan", "run"])
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"data": {"kind": "parquet", "path": "nowhere.parquet"}}, "data.path (line "),
-        ({"data": {"kind": "parquet", "path": "junk"}}, "must be a Parquet file"),
-        ({"model": {"name": "vit_tinny_patch16_224"}}, "did you mean vit_tiny_patch16_224?"),
-        ({"model": {"name": "resnet18"}}, "must be a plain vision transformer"),
-        ({"model": {"create": {}, "checkpoint": "junk"}}, "model.checkpoint"),
-        ({"name": "a/b"}, "for example a-b"),
-    ],
-)
-def test_faults_of_a_study_are_said_before_anything_starts(
-    command: str, change: dict[str, Any], said: str, tmp_path: Path
-) -> None:
-    (tmp_path / "junk").write_bytes(b"PAR1 and then no Parquet")
-    file = tmp_path / "study.yaml"
-    file.write_text(yaml.safe_dump(tiny_study(**change)))
-    text = refused(command, str(file), "--quiet" if command == "run" else "--storage=results", storage=tmp_path / "out")
-    assert said in text
-    assert text.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("run", "quik"), "did you mean quick?"),
-        (("run", "quick", "--trials", "0"), "--trials"),
-        (("run", "quick", "--time-budget", "nonsense"), "for example 30m"),
-        (("run", "quick", "--time-budget", "0s"), "must be above 0"),
-        (("run", "quick", "--name", "a/b"), "for example a-b"),
-        (("run", "quick", "--address", "nonsense"), "must be auto, or HOST:PORT of a running Ray"),
-        (("resume", "nosuch"), "there is no study 'nosuch'"),
-        (("pareto", "nosuch"), "there is no study 'nosuch'"),
-        (("pareto", "nosuch", "--format", "xml"), "'xml'"),
-        (("nonsense",), "No such command"),
-    ],
-)
-def test_wrong_usage(arguments: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VITPARETO_STORAGE", str(tmp_path / "results"))
-    assert said in refused(*arguments)
-
-
-def test_a_ray_that_does_not_answer(tmp_path: Path) -> None:
-    said = refused("run", "quick", "--address", "127.0.0.1:1", storage=tmp_path / "results", status=1)
-    assert "--address 127.0.0.1:1: no Ray answers there" in said
-    assert not (tmp_path / "results").exists()
-
-
-@pytest.mark.parametrize(
-    "arguments", [("status",), ("status", "x"), ("pareto", "x"), ("run", "quick"), ("plan", "quick")]
-)
-def test_a_storage_that_is_a_file(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for storage in (tmp_path / "file", tmp_path / "file" / "below"):
-        said = refused(*arguments, storage=storage)
-        assert f"must be a folder, but {tmp_path}/file is a file; name another one with --storage" in said
-
-
-def test_no_studies(tmp_path: Path) -> None:
-    done = call("status", storage=tmp_path / "none")
-    assert (done.exit_code, done.stdout) == (0, "")
-    assert done.stderr == f"vitpareto: there are no studies in {tmp_path}/none\n"
-    assert json.loads(call("status", "--format", "json", storage=tmp_path).stdout) == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status", "said"),
-    [
-        (("--address", "nonsense", "--storage", "/s"), 2, "write it like http://HEAD:8265"),
-        (("--address", "http://127.0.0.1:1", "--storage", "results"), 2, "must be an absolute path"),
-        (("--address", "http://127.0.0.1:1", "--storage", "/s", "--name", "a/b"), 2, "for example a-b"),
-        (("--address", "http://127.0.0.1:1", "--storage", "/s", "--time-budget", "x"), 2, "for example 30m"),
-        (("--address", "http://127.0.0.1:1", "--storage", "/s"), 1, "nothing answers at http://127.0.0.1:1"),
-    ],
-)
-def test_submit_refuses(
-    arguments: tuple[str, ...], status: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "token")
-    file = tmp_path / "study.yaml"
-    file.write_text(yaml.safe_dump(tiny_study()))
-    assert said in refused("submit", str(file), "--working-dir", str(tmp_path), *arguments, status=status)
-
-
-@pytest.mark.parametrize("command", [("status",), ("logs", "x"), ("stop", "x")])
-def test_jobs_without_a_head(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "token")
-    said = refused("jobs", *command, "--address", "http://127.0.0.1:1", status=1)
-    assert "nothing answers at http://127.0.0.1:1" in said
-    assert "write it like http://HEAD:8265" in refused("jobs", *command, "--address", "ray://head", status=2)
-
-
-# --- what people read -------------------------------------------------------------------------------------------------
-
-
-def snapshot(**changes: Any) -> Any:
-    from orchestrator.sweep import Snapshot
-
-    best = {"top1_pct": (97.123, "tome(r=2)"), "throughput_images_per_s": (12345.6, "a" * 200)}
-    values = {"done": 7, "budget": 16, "running": 2, "failed": Counter({"timeout": 1}), "best": best}
-    return Snapshot(**{**values, "hypervolume": 0.35, "elapsed_s": 65.0, "left_s": 130.0, **changes})
-
-
-def test_progress_says_what_is_going_on() -> None:
-    from orchestrator.progress import describe
-
-    head, values, recipes = describe(snapshot(), has_baseline=True)
-    assert head == "[1 min 05 s] 7/16 trials, 2 running, failed: 1 timeout, about 2 min 10 s left, hypervolume 0.3500"
-    assert values == "best top1_pct 97.12 %, throughput_images_per_s 12,346 images/s"
-    assert recipes[0] == "best top1_pct 97.12 %: tome(r=2)"
-    assert describe(snapshot(), has_baseline=False)[0] == "[1 min 05 s] making and measuring the baseline"
-    assert "stopping: interrupted" in describe(snapshot(note="interrupted"), has_baseline=True)[0]
-
-
-def test_a_line_in_a_log_is_short_and_rare(capsys: pytest.CaptureFixture[str]) -> None:
-    from orchestrator.progress import Progress
-
-    sweep = SimpleNamespace(baseline={}, snapshot=lambda: snapshot(failed=Counter(dict.fromkeys(STATUSES[1:], 99))))
-    for quiet in (True, False):
-        with Progress(quiet=quiet) as progress:
-            progress.show(sweep)  # type: ignore[arg-type]
-            progress.show(sweep)  # type: ignore[arg-type]
-    (line,) = capsys.readouterr().err.splitlines()
-    assert len(line) == 160
-    assert line.endswith("…")
-
-
-def test_short_labels_leave_out_what_the_study_fixes() -> None:
-    recipe = Recipe(
-        (Step("tome", {"r": 2, "schedule": "constant"}), Step("prune", {"ratio": 0.1 + 0.2}), Step("x", {}))
-    )
-    searched = {
-        "tome": {"r": {"low": 1, "high": 4, "step": 1}, "schedule": ["constant"]},
-        "prune": {"ratio": [0.3, 0.5]},
-    }
-    assert short_label(recipe, searched) == "tome(r=2) + prune(ratio=0.3) + x"
-    assert short_label(Recipe(), searched) == "baseline"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.04, "0.0 s"), (1.44, "1.4 s"), (9.96, "10 s"), (45, "45 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert format_seconds(seconds) == text
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_table_fits_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    label = " + ".join(["magnitude_prune(head_ratio=0.25, mlp_ratio=0.3)"] * 3)
-    table = pa.table({"trial_id": ["0123456789ab"], "top1_pct": [97.0], "label": [label], "failure": ["a\x1b[31m\nb"]})
-    monkeypatch.setenv("COLUMNS", "100")
-    narrow, whole = Terminal(), io.StringIO()
-    format_rows(table, "table", narrow)
-    format_rows(table, "table", whole)
-    assert max(len(line) for line in narrow.getvalue().splitlines()) <= 100
-    assert "0123456789ab" in narrow.getvalue()
-    assert label in whole.getvalue()
-    assert "\x1b" not in whole.getvalue()
-    assert all(line == line.rstrip() for line in whole.getvalue().splitlines())

@@ -16,9 +16,9 @@ from orchestrator.compare import BETTER, OPEN, SAME, WORSE, compare
 from orchestrator.config import load_study
 from orchestrator.ledger import Ledger
 from orchestrator.query import candidates, pareto, uncertain
+from tests.ledger_rows import STUDY, make_row
 from tests.measured import measure_again, measured_row
 from tests.studies import tiny_study
-from tests.test_ledger import STUDY, make_row
 from workers.storage import LocalStorage
 
 OBJECTIVES = ["top1_pct", "size_bytes", "latency_ms_p50"]

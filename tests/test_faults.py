@@ -61,7 +61,9 @@ def test_a_host_out_of_memory_kill_marks_the_recipe(tmp_path: Path) -> None:
     memory = psutil.virtual_memory()
     threshold = (memory.total - memory.available + HOG_BYTES) / memory.total
     if threshold > 0.95:
-        pytest.skip("not enough free memory to run out of it safely")
+        pytest.skip(
+            f"needs {HOG_BYTES / 1e9:.0f} GB of free memory and a twentieth of the machine's left, to run out of it safely"
+        )
     study = Study(
         tmp_path,
         fault_study("hogs", ["hog", "none"]),

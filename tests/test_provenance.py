@@ -16,6 +16,7 @@ import timm
 import torch
 
 from orchestrator.config import load_study
+from tests.processes import environment
 from tests.studies import tiny_study
 from workers import provenance as module
 from workers.protocol import Recipe, TrialSpec
@@ -62,10 +63,20 @@ def test_a_failed_trial_has_one_too(spec: TrialSpec, tmp_path: Path) -> None:
     assert result.provenance["versions"]["torch"] == torch.__version__
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+ELSEWHERE = """
+import json, sys
+from workers.protocol import TrialSpec
+from workers.provenance import provenance
+print(json.dumps(provenance(TrialSpec.from_dict(json.load(sys.stdin)), "a1")["device_name"]))
+"""
+
+
 def test_a_device_that_is_not_there_raises_nothing(spec: TrialSpec) -> None:
-    found = provenance(replace(spec, context=replace(spec.context, device="cuda")), "a1")
-    assert found["device_name"] is None
+    asked = json.dumps(replace(spec, context=replace(spec.context, device="cuda")).to_dict())
+    env = environment(CUDA_VISIBLE_DEVICES="")  # this machine may have one
+    command = [sys.executable, "-c", ELSEWHERE]
+    done = subprocess.run(command, input=asked, env=env, capture_output=True, text=True, timeout=200, check=True)
+    assert json.loads(done.stdout) is None
 
 
 def git(folder: Path, *arguments: str) -> None:

@@ -17,8 +17,8 @@ from orchestrator.ledger import Ledger
 from orchestrator.ledger_trials import DEFAULT_COLUMNS, TRIALS
 from orchestrator.query import QueryError, pareto, sql
 from orchestrator.rows import FORMATS, format_rows, human
+from tests.ledger_rows import STUDY, make_row
 from tests.test_frontier import reference_frontier
-from tests.test_ledger import STUDY, make_row
 from workers.storage import LocalStorage, open_storage
 
 BOTH = ["top1_pct", "size_bytes"]

@@ -22,6 +22,7 @@ from workers.tasks.encoded_images import resize
 from workers.tasks.image_sources import ArraySource, cut
 
 CIFAR = Path(__file__).parent.parent.parent / "shared" / "data" / "cifar10_subset.parquet"
+CIFAR_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 @pytest.fixture(autouse=True)
@@ -121,10 +122,34 @@ def test_resize_keeps_the_aspect_and_crops_the_middle() -> None:
     assert resize(image, 2).shape == (2, 2, 3)
 
 
-@pytest.mark.skipif(not CIFAR.is_file(), reason=f"the real CIFAR-10 subset is not at {CIFAR}")
-def test_real_cifar_parquet_is_decoded_once_and_mapped(tmp_path: Path) -> None:
-    data = {"kind": "parquet", "path": str(CIFAR), "train_limit": 200, "search_limit": 100, "report_limit": 100}
-    assert tasks.info(data).class_names[:3] == ("airplane", "automobile", "bird")
+def like_cifar(folder: Path) -> Path:
+    """A Parquet file of the real one's columns: 600 pictures of 32 x 32 pixels, a few grey levels and colours each."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (600, 4, 4, 3), dtype=np.uint8)
+    pictures, labels = [], np.arange(600) % 10
+    for pixels in coarse:
+        out = io.BytesIO()
+        Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR).save(out, "PNG")
+        pictures.append(out.getvalue())
+    splits = ["train"] * 450 + ["test"] * 150
+    names = [CIFAR_NAMES[i] for i in labels]
+    write(folder / "made.parquet", image=pictures, label=labels.astype(np.int32), label_name=names, split=splits)
+    return folder / "made.parquet"
+
+
+@pytest.mark.parametrize(
+    "real",
+    [
+        False,
+        pytest.param(
+            True, marks=pytest.mark.skipif(not CIFAR.is_file(), reason=f"the real CIFAR-10 subset is not at {CIFAR}")
+        ),
+    ],
+)
+def test_cifar_parquet_is_decoded_once_and_mapped(real: bool, tmp_path: Path) -> None:
+    path = str(CIFAR if real else like_cifar(tmp_path))
+    data = {"kind": "parquet", "path": path, "train_limit": 200, "search_limit": 50, "report_limit": 100}
+    assert tasks.info(data).class_names == CIFAR_NAMES
     task = tasks.load(data)
     assert task.info == TaskInfo(10, 3, 32, tasks.info(data).class_names)
     assert task.train.images.shape == (200, 32, 32, 3)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.config import load_study
+from tests.probes import SETTINGS, Config, make_model, make_split, technique, weights
 from tests.processes import until
 from tests.studies import tiny_study
-from tests.test_training import SETTINGS, Config, make_model, make_split, technique, weights
 from workers import stages, training_checkpoint
 from workers.protocol import Recipe, TrialSpec
 from workers.run import run_trial

@@ -27,8 +27,8 @@ def run(**changes: Any) -> Run:
         "failure": None,
         "device": "cpu",
         "device_name": "Some CPU",
-        "predictions": "ff00",
-        "logits": "l1",
+        "predictions": {"top1_pct": "ff00"},
+        "logits": {"top1_pct": "l1"},
         "ways": {"latency": "bf16"},
         "metrics": METRICS,
     }
@@ -58,14 +58,14 @@ def test_exact_numbers_must_be_equal(name: str) -> None:
     ("here", "expected"), [(84.9, "outside"), (85.0, "inside"), (93.0, "inside"), (93.1, "outside")]
 )
 def test_another_accuracy_has_to_lie_in_the_rows_interval(here: float, expected: str) -> None:
-    found = verdict("top1_pct", run(top1_pct=here, predictions="ff01", logits="l2"))
+    found = verdict("top1_pct", run(top1_pct=here, predictions={"top1_pct": "ff01"}, logits={"top1_pct": "l2"}))
     assert found.verdict == expected
 
 
 def test_the_same_accuracy_with_other_images_right_is_not_equal() -> None:
-    assert verdict("top1_pct", run(predictions="00ff")).verdict == "inside"
-    found = verdict("top1_pct", run(logits="l2"))
-    assert (found.verdict, found.note) == ("equal", "the same images are right")
+    assert verdict("top1_pct", run(predictions={"top1_pct": "00ff"})).verdict == "inside"
+    found = verdict("top1_pct", run(logits={"top1_pct": "l2"}))
+    assert (found.verdict, found.note) == ("equal", "the same examples are right")
 
 
 def test_speeds_are_compared_by_their_ratio_and_both_intervals() -> None:

@@ -171,22 +171,26 @@ def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
-class QuantisedLinear(nn.Module, ABC):
-    """A linear layer that stores quantised weights as buffers. Scales keep their type whatever the model is converted to."""
+class Quantised(nn.Module, ABC):
+    """A layer that stores quantised weights as buffers. Scales keep their type whatever the model is converted to."""
 
     quantised = True  # see linears
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-
-    def plain(self) -> nn.Linear | None:
+    def plain(self) -> nn.Module | None:
         """Returns the layer with the same weights in float32 and no quantiser, which is what it counts as.
 
         None where the model from before the conversion tells that.
         """
         return None
+
+
+class QuantisedLinear(Quantised):
+    """A linear layer that does."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -225,17 +229,17 @@ def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def unquantised(model: nn.Module) -> nn.Module:
-    """Returns a copy with the :meth:`QuantisedLinear.plain` layers in it; the model itself where it has none.
+    """Returns a copy with the :meth:`Quantised.plain` layers in it; the model itself where it has none.
 
     That is the unquantised twin of a model that was quantised in its training, where none was stored.
     """
-    plain = {name: part.plain() for name, part in model.named_modules() if isinstance(part, QuantisedLinear)}
-    found = {name: linear for name, linear in plain.items() if linear is not None}
+    plain = {name: part.plain() for name, part in model.named_modules() if isinstance(part, Quantised)}
+    found = {name: layer for name, layer in plain.items() if layer is not None}
     if not found:
         return model
     twin = copy.deepcopy(model)
-    for name, linear in found.items():
-        twin.set_submodule(name, linear)
+    for name, layer in found.items():
+        twin.set_submodule(name, layer)
     return twin.eval()
 
 

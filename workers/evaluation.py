@@ -117,10 +117,10 @@ def evaluate(
 ) -> Evaluation:
     """Returns the accuracies of ``model`` over ``split``; see :func:`predict_logits`."""
     if split.task == "retrieval":
-        return _retrieval(model, cast(Examples, split), device, batch_size, tick)
+        return _retrieval(model, cast("Examples", split), device, batch_size, tick)
     logits = predict_logits(model, split, device=device, batch_size=batch_size, tick=tick)
     if split.task == "vqa":
-        return Evaluation((_vqa(logits, cast(Examples, split)),), _digest(logits))
+        return Evaluation((_vqa(logits, cast("Examples", split)),), _digest(logits))
     right = (logits.argmax(dim=1) == torch.from_numpy(split.labels)).numpy()
     return Evaluation((_share("top1_pct", right),), _digest(logits))
 

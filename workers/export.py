@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from workers import artefact, tasks
 from workers.export_formats import ExportFailed, ExportFormat, ExportRefused, refusal
+from workers.inputs import Inputs
 from workers.parity import arithmetic
 from workers.storage import LocalStorage, open_storage
 
@@ -43,7 +44,7 @@ INPUT_SEED = 0
 
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
-Run = Callable[[Tensor], Tensor]
+Run = Callable[[Any], Tensor]
 
 
 # --- images to compare on ---------------------------------------------------------------------------------------------
@@ -54,13 +55,13 @@ class Images:
     """What an export is compared on.
 
     Attributes:
-        values: (N, C, H, W) float32, normalised.
+        values: (N, C, H, W) float32, normalised; Inputs of a vision-language model.
         origin: what they are, for a person.
         class_names: of the data, in the order of the logits; None where the data could not be read.
         fault: why it could not be read.
     """
 
-    values: Tensor
+    values: Tensor | Inputs
     origin: str
     class_names: tuple[str, ...] | None = None
     fault: str | None = None
@@ -153,8 +154,9 @@ def write(source: str | Path, format_: ExportFormat, folder: Path, images: Image
         ExportFailed: the exporter or the runtime gave up, or the comparison exceeds the tolerance.
         ArtefactError: the artefact is damaged.
     """
-    steps = artefact.manifest(source)["steps"]
-    reason = refusal(format_, steps)
+    found = artefact.manifest(source)
+    steps = found["steps"]
+    reason = refusal(format_, steps, found["model"]["family"])
     if reason:
         raise ExportRefused(reason)
     if format_ is ExportFormat.onnx:
@@ -181,7 +183,7 @@ def write(source: str | Path, format_: ExportFormat, folder: Path, images: Image
     return parity
 
 
-def _write_artefact(source: str, folder: Path, example: Tensor) -> Run:
+def _write_artefact(source: str, folder: Path, example: Tensor | Inputs) -> Run:
     storage, target = open_storage(source), LocalStorage(folder)
     artefact.save_to(target, "", {name: storage.read(name) for name in (artefact.TENSORS, artefact.MANIFEST)})
     return artefact.load(folder)
@@ -258,7 +260,7 @@ def _keeps_weights_packed(node: Any) -> bool | None:
     return False if packed else None
 
 
-_WRITERS: Mapping[ExportFormat, Callable[[str, Path, Tensor], Run]] = {
+_WRITERS: Mapping[ExportFormat, Callable[[str, Path, Any], Run]] = {
     ExportFormat.artefact: _write_artefact,
     ExportFormat.torch_export: _write_program,
     ExportFormat.onnx: _write_onnx,

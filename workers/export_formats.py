@@ -77,12 +77,17 @@ REFUSALS = (
 )
 
 
-def refusal(format_: ExportFormat, steps: Iterable[Mapping[str, Any]]) -> str | None:
+def refusal(format_: ExportFormat, steps: Iterable[Mapping[str, Any]], family: str = "timm") -> str | None:
     """Returns why ``format_`` cannot carry an artefact with these steps, and what to do, or None.
 
     Args:
-        steps: of the manifest: ``technique`` and ``resolved``.
+        steps: of the manifest: ``technique`` and ``resolved``; family: of its model.
     """
+    if family != "timm" and format_ is not ExportFormat.artefact:
+        return (
+            f"--format {format_} is for models of images alone so far: {family} takes texts with them, and its artefact is "
+            "what can be loaded; use --format artefact"
+        )
     faults = [
         f"{step['technique']}{_values(known.settings)}: {known.reason}; {known.remedy}"
         for step in steps

@@ -4,8 +4,7 @@ const PAGE_ROWS = 100;
 const table = { column: -1, descending: false, rows: PAGE_ROWS };
 
 function tableColumns() {
-  const drop = metricAt.get("top1_pct_drop");
-  const shown = metrics.map((m, k) => k).filter((k) => metrics[k].objective || k === drop);
+  const shown = metrics.map((m, k) => k).filter((k) => metrics[k].objective || metrics[k].name.endsWith("_drop"));
   const rest = metrics.map((m, k) => k).filter((k) => !shown.includes(k));
   const metric = (k) => ({
     title: metrics[k].title,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrator.config import load_study
+from tests import threads
 from tests.studies import tiny_study
 from tests.techniques.digits import SETTINGS, digits, full, learned
 from tests.techniques.models import VARIANTS, images, info, surroundings, vit
@@ -39,17 +39,10 @@ from workers.techniques.diffrate import (
 from workers.techniques.record import LossInputs
 from workers.training import train
 
+one_thread = threads.one_thread
+
 COUNTS = [(13, 11), (10, 10), (9, 5)]
 """Patch tokens of three blocks after pruning, and after merging too; both kinds in one block, and one alone."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """More threads only wait for one another on models of this size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

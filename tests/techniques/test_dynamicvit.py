@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrator.config import load_study
+from tests import threads
 from tests.studies import tiny_study
 from tests.techniques.digits import SETTINGS, digits, full, learned
 from tests.techniques.models import VARIANTS, images, info, surroundings, vit
@@ -22,27 +22,12 @@ from workers.counting import count_macs
 from workers.protocol import Recipe, TrialSpec
 from workers.run import run_trial
 from workers.storage import LocalStorage
-from workers.techniques.dynamicvit import (
-    TECHNIQUE,
-    Config,
-    Predictor,
-    ThinningBlocks,
-    decide,
-    kept_counts,
-    ratio_loss,
-    token_loss,
-)
+from workers.techniques.dynamicvit import TECHNIQUE, Config, ThinningBlocks
 from workers.techniques.record import LossInputs
+from workers.techniques.token_predictors import Predictor, decide, kept_counts, ratio_loss, token_loss
 from workers.training import train
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """More threads only wait for one another on models of this size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+one_thread = threads.one_thread
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

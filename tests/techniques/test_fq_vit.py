@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from tests.techniques.models import images, surroundings, vit
-from workers import artefact, models
+from tests.techniques.quantised import Step, require_reload
 from workers.affine import NotQuantisable
-from workers.tasks import TaskInfo
-from workers.techniques import composition, fq_vit, nystrom, tome
+from workers.techniques import composition, fq_vit, nystrom
 from workers.techniques.calibration import ChannelRange
 from workers.techniques.fq_vit import (
     Config,
@@ -241,24 +240,8 @@ def test_low_rank_attention_keeps_its_mixing() -> None:
 
 @pytest.mark.parametrize("merging", [False, True])
 def test_artefact_reloads_bit_exactly_and_calibration_repeats_itself(merging: bool, tmp_path: Path) -> None:
-    section = {"family": "timm", "name": None, "create": {"patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 4}}
-    data = TaskInfo(num_classes=5, in_chans=3, image_size=16, class_names=tuple("01234"))
-
-    def build() -> tuple[Any, list[dict[str, Any]]]:
-        torch.manual_seed(0)
-        model, steps = models.build(section, data).eval(), []
-        if merging:
-            found = tome.TECHNIQUE.apply(model, tome.Config(r=3), surroundings(model))
-            steps.append({"technique": "tome", "version": tome.TECHNIQUE.version, "resolved": found.resolved})
-        found = convert(model)
-        return model, [*steps, {"technique": "fq_vit", "version": 1, "resolved": found.resolved}]
-
-    (model, steps), (again, _) = build(), build()
-    tensors = model.state_dict()
-    assert all(torch.equal(t, tensors[name]) for name, t in again.state_dict().items())
-    artefact.save(model, tmp_path / "a", model_description=models.describe(section, data), steps=steps)
-    with torch.inference_mode():
-        assert torch.equal(artefact.load(tmp_path / "a")(images()), model(images()))
+    merger: list[Step] = [("tome", {"r": 3})] if merging else []
+    require_reload([*merger, ("fq_vit", {"images": 64})], tmp_path / "a")
 
 
 def test_the_row_is_simulated_and_there_is_one_quantiser() -> None:

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.techniques.models import images, info, surroundings, vit
-from workers import artefact, models
+from tests.techniques.models import info, surroundings, vit
+from tests.techniques.quantised import require_reload
 from workers.affine import NotQuantisable
-from workers.tasks import TaskInfo
 from workers.techniques import composition, gptq, weight_only
 from workers.techniques.gptq import (
     Config,
@@ -227,17 +226,4 @@ def test_check_and_simulated_are_those_of_the_format() -> None:
 
 @pytest.mark.parametrize("config", FORMATS)
 def test_artefact_reloads_bit_exactly_and_calibration_repeats_itself(config: dict[str, Any], tmp_path: Path) -> None:
-    section = {"family": "timm", "name": None, "create": {"patch_size": 4, "embed_dim": 40, "depth": 2, "num_heads": 4}}
-    data = TaskInfo(num_classes=5, in_chans=3, image_size=16, class_names=tuple("01234"))
-
-    def build() -> tuple[Any, Any]:
-        torch.manual_seed(0)
-        model = models.build(section, data).eval()
-        return model, convert(model, **config)
-
-    (model, applied), (again, _) = build(), build()
-    assert all(torch.equal(t, model.state_dict()[name]) for name, t in again.state_dict().items())
-    step = {"technique": "gptq", "version": 1, "resolved": applied.resolved}
-    artefact.save(model, tmp_path / "a", model_description=models.describe(section, data), steps=[step])
-    with torch.inference_mode():
-        assert torch.equal(artefact.load(tmp_path / "a")(images()), model(images()))
+    require_reload([("gptq", {"images": 64, **config})], tmp_path / "a", embed_dim=40)

@@ -60,7 +60,7 @@ Names = tuple[str, ...]
 
 
 def pairs() -> list[Names]:
-    return [order for pair in combinations(registry(), 2) for order in legal_orders(pair)]
+    return [order for pair in combinations(SAMPLES, 2) for order in legal_orders(pair)]
 
 
 def of_every_two_families() -> list[Names]:

@@ -9,11 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from tests.techniques.models import VARIANTS, images, surroundings, vit
-from workers import artefact, models
+from tests.techniques.models import VARIANTS, surroundings, vit
+from tests.techniques.quantised import (
+    error_of,
+    merging_with_performer,
+    require_exact,
+    require_reload,
+    with_large_channels,
+)
 from workers.affine import NotQuantisable, packed_bytes
-from workers.tasks import TaskInfo
-from workers.techniques import composition, performer, repq_vit, tome
+from workers.techniques import composition, performer, repq_vit
 from workers.techniques.quantised_attention import QuantisedAttention
 from workers.techniques.repq_vit import (
     Config,
@@ -101,24 +106,15 @@ def test_map_quantiser_takes_the_largest_weight() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("qkv_bias", [True, False])
 def test_reparameterisation_is_exact_before_quantisation(variant: str, qkv_bias: bool) -> None:
-    model, x = vit(variant, qkv_bias=qkv_bias), images()
-    with torch.inference_mode():
-        expected = model(x)
-        fixed, norms, biased = reparameterise_(model, 4, surroundings(model), 16)
-        torch.testing.assert_close(model(x), expected, atol=5e-5, rtol=5e-5)
+    model = vit(variant, qkv_bias=qkv_bias)
+    fixed, norms, biased = require_exact(model, lambda model: reparameterise_(model, 4, surroundings(model), 16), 5e-5)
     assert norms == [f"blocks.{i}.{norm}" for i in range(3) for norm in ("norm1", "norm2")]
     assert biased == ([] if qkv_bias else [f"blocks.{i}.attn.qkv" for i in range(3)])
     assert set(fixed) == {f"blocks.{i}.{reader}" for i in range(3) for reader in ("attn.qkv", "mlp.fc1")}
 
 
 def test_reparameterisation_is_exact_in_blocks_that_merge_and_attend_otherwise() -> None:
-    model, x = vit(), images()
-    tome.TECHNIQUE.apply(model, tome.Config(r=3), surroundings(model))
-    performer.TECHNIQUE.apply(model, performer.Config(), surroundings(model))
-    with torch.inference_mode():
-        expected = model(x)
-        reparameterise_(model, 6, surroundings(model), 16)
-        torch.testing.assert_close(model(x), expected, atol=5e-5, rtol=5e-5)
+    require_exact(merging_with_performer(), lambda model: reparameterise_(model, 6, surroundings(model), 16), 5e-5)
 
 
 def test_outputs_of_norms_fill_the_codes_of_one_scale() -> None:
@@ -139,18 +135,9 @@ def test_outputs_of_norms_fill_the_codes_of_one_scale() -> None:
 def test_closer_than_without_reparameterisation(monkeypatch: pytest.MonkeyPatch) -> None:
     errors = []
     for use in (True, False):
-        model: Any = vit()
-        for block in model.blocks:
-            for norm, reader in ((block.norm1, block.attn.qkv), (block.norm2, block.mlp.fc1)):
-                norm.weight.data[:3] *= 100
-                norm.bias.data[:3] *= 100
-                reader.weight.data[:, :3] /= 100
         if not use:
             monkeypatch.setattr(repq_vit, "pairs", lambda model: [])
-        with torch.inference_mode():
-            expected = model(images())
-            convert(model, weight_bits=8, activation_bits=8)
-            errors.append(float((model(images()) - expected).norm() / expected.norm()))
+        errors.append(error_of(with_large_channels(), lambda model: convert(model, weight_bits=8, activation_bits=8)))
     assert errors[0] < 0.5 * errors[1]
 
 
@@ -194,17 +181,5 @@ def test_not_a_number_and_a_second_quantisation_are_refused() -> None:
 def test_artefact_reloads_bit_exactly_and_calibration_repeats_itself(
     weight_bits: int, activation_bits: int, tmp_path: Path
 ) -> None:
-    section = {"family": "timm", "name": None, "create": {"patch_size": 4, "embed_dim": 40, "depth": 2, "num_heads": 4}}
-    data = TaskInfo(num_classes=5, in_chans=3, image_size=16, class_names=tuple("01234"))
-
-    def build() -> tuple[Any, Any]:
-        torch.manual_seed(0)
-        model = models.build(section, data).eval()
-        return model, convert(model, weight_bits=weight_bits, activation_bits=activation_bits)
-
-    (model, applied), (again, _) = build(), build()
-    assert all(torch.equal(t, model.state_dict()[name]) for name, t in again.state_dict().items())
-    step = {"technique": "repq_vit", "version": 1, "resolved": applied.resolved}
-    artefact.save(model, tmp_path / "a", model_description=models.describe(section, data), steps=[step])
-    with torch.inference_mode():
-        assert torch.equal(artefact.load(tmp_path / "a")(images()), model(images()))
+    config = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+    require_reload([("repq_vit", config)], tmp_path / "a", embed_dim=40)

@@ -112,9 +112,9 @@ def test_only_the_first_images_are_taken(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sensitivity, "IMAGES", 12)
     model = vit()
     around = surroundings(model)
-    assert len(sensitivity._first(around.batches)) == 12
+    assert [len(batch) for batch in sensitivity._first(around.batches)] == [8, 4]
     monkeypatch.setattr(sensitivity, "IMAGES", 100)
-    assert len(sensitivity._first(around.batches)) == 16
+    assert [len(batch) for batch in sensitivity._first(around.batches)] == [8, 8]
 
 
 def test_an_output_that_is_not_finite_is_an_error_with_the_layer_s_name() -> None:

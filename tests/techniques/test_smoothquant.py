@@ -10,10 +10,15 @@ import torch
 from torch import nn
 
 from tests.techniques.models import VARIANTS, images, surroundings, vit
-from workers import artefact, models
+from tests.techniques.quantised import (
+    error_of,
+    merging_with_performer,
+    require_exact,
+    require_reload,
+    with_large_channels,
+)
 from workers.affine import NotQuantisable
-from workers.tasks import TaskInfo
-from workers.techniques import composition, performer, smoothquant, static_int8, tome
+from workers.techniques import composition, smoothquant, static_int8
 from workers.techniques.integer_linear import IntegerLinear
 from workers.techniques.norm_folding import Pair, add_biases, fold_, pairs
 from workers.techniques.smoothquant import Config, migration, smooth_
@@ -21,17 +26,6 @@ from workers.techniques.smoothquant import Config, migration, smooth_
 
 def convert(model: nn.Module, **config: Any) -> Any:
     return smoothquant.TECHNIQUE.apply(model, Config(images=64, **config), surroundings(model))
-
-
-def with_large_channels(**changes: Any) -> Any:
-    """A ViT whose norms give out a few channels that are far larger than the others, and are read with small weights."""
-    model = vit(**changes)
-    for block in model.blocks:
-        for norm, reader in ((block.norm1, block.attn.qkv), (block.norm2, block.mlp.fc1)):
-            norm.weight.data[:3] *= 100
-            norm.bias.data[:3] *= 100
-            reader.weight.data[:, :3] /= 100
-    return model
 
 
 def test_factors_by_hand() -> None:
@@ -55,24 +49,15 @@ def test_channels_that_are_always_zero_stay() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_smoothing_is_exact_before_quantisation(variant: str) -> None:
-    model, x = vit(variant, qkv_bias=variant != "class"), images()
-    with torch.inference_mode():
-        expected = model(x)
-        before = model.blocks[0].norm1.weight.clone()
-        changed = smooth_(model, 0.7, surroundings(model), 16)
-        torch.testing.assert_close(model(x), expected, atol=2e-5, rtol=2e-5)
+    model = vit(variant, qkv_bias=variant != "class")
+    before = model.blocks[0].norm1.weight.clone()
+    changed = require_exact(model, lambda model: smooth_(model, 0.7, surroundings(model), 16))
     assert changed == [f"blocks.{i}.{norm}" for i in range(3) for norm in ("norm1", "norm2")]
     assert not torch.equal(model.blocks[0].norm1.weight, before)
 
 
 def test_smoothing_is_exact_in_blocks_that_merge_and_attend_otherwise() -> None:
-    model, x = vit(), images()
-    tome.TECHNIQUE.apply(model, tome.Config(r=3), surroundings(model))
-    performer.TECHNIQUE.apply(model, performer.Config(), surroundings(model))
-    with torch.inference_mode():
-        expected = model(x)
-        smooth_(model, 0.5, surroundings(model), 16)
-        torch.testing.assert_close(model(x), expected, atol=2e-5, rtol=2e-5)
+    require_exact(merging_with_performer(), lambda model: smooth_(model, 0.5, surroundings(model), 16))
 
 
 def test_a_gate_reads_the_same_norm() -> None:
@@ -81,10 +66,7 @@ def test_a_gate_reads_the_same_norm() -> None:
     attn.gate = gate
     gate.weight.data *= 5
     assert pairs(model)[0] == Pair("blocks.0.norm1", ("blocks.0.attn.qkv", "blocks.0.attn.gate"))
-    with torch.inference_mode():
-        expected = model(images())
-        smooth_(model, 0.5, surroundings(model), 16)
-        torch.testing.assert_close(model(images()), expected, atol=2e-5, rtol=2e-5)
+    require_exact(model, lambda model: smooth_(model, 0.5, surroundings(model), 16))
 
 
 def test_folding_with_a_shift_is_exact_and_needs_biases() -> None:
@@ -106,18 +88,11 @@ def test_folding_with_a_shift_is_exact_and_needs_biases() -> None:
 
 @pytest.mark.parametrize("activations", ["token", "static"])
 def test_it_keeps_what_plain_quantisation_loses(activations: str) -> None:
-    errors = []
-    for smooth in (True, False):
-        model = with_large_channels()
-        with torch.inference_mode():
-            expected = model(images())
-            if smooth:
-                convert(model, activations=activations)
-            else:
-                static_int8.TECHNIQUE.apply(model, static_int8.Config(images=64), surroundings(model))
-            errors.append(float((model(images()) - expected).norm() / expected.norm()))
-    assert errors[0] < 0.1
-    assert errors[0] < 0.5 * errors[1]
+    plain = static_int8.Config(images=64)
+    smoothed = error_of(with_large_channels(), lambda model: convert(model, activations=activations))
+    lost = error_of(with_large_channels(), lambda model: static_int8.TECHNIQUE.apply(model, plain, surroundings(model)))
+    assert smoothed < 0.1
+    assert smoothed < 0.5 * lost
 
 
 def test_not_a_number_and_a_second_quantisation_are_refused() -> None:
@@ -134,18 +109,5 @@ def test_not_a_number_and_a_second_quantisation_are_refused() -> None:
 
 @pytest.mark.parametrize("activations", ["token", "static"])
 def test_artefact_reloads_bit_exactly_and_calibration_repeats_itself(activations: str, tmp_path: Path) -> None:
-    section = {"family": "timm", "name": None, "create": {"patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 4}}
-    data = TaskInfo(num_classes=5, in_chans=3, image_size=16, class_names=tuple("01234"))
-
-    def build() -> tuple[Any, Any]:
-        torch.manual_seed(0)
-        model = models.build(section, data).eval()
-        return model, convert(model, activations=activations)
-
-    (model, applied), (again, _) = build(), build()
-    assert all(torch.equal(t, model.state_dict()[name]) for name, t in again.state_dict().items())
+    model = require_reload([("smoothquant", {"images": 64, "activations": activations})], tmp_path / "a")
     assert all(m.static == (activations == "static") for m in model.modules() if isinstance(m, IntegerLinear))
-    step = {"technique": "smoothquant", "version": 1, "resolved": applied.resolved}
-    artefact.save(model, tmp_path / "a", model_description=models.describe(section, data), steps=[step])
-    with torch.inference_mode():
-        assert torch.equal(artefact.load(tmp_path / "a")(images()), model(images()))

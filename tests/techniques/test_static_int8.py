@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from tests.techniques.models import images, info, surroundings, vit
-from workers import artefact, models
+from tests.techniques.quantised import require_reload
 from workers.affine import NotQuantisable
-from workers.tasks import TaskInfo
 from workers.techniques import composition, integer_linear, static_int8, tome
 from workers.techniques.calibration import (
     EPS,
@@ -240,18 +239,10 @@ def test_not_a_number_names_the_layer() -> None:
 
 
 def test_artefact_reloads_bit_exactly_and_is_small(tmp_path: Path) -> None:
-    section = {"family": "timm", "name": None, "create": {"patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 4}}
-    data = TaskInfo(num_classes=5, in_chans=3, image_size=16, class_names=tuple("01234"))
-    torch.manual_seed(0)
-    model = models.build(section, data).eval()
-    whole = sum(t.nbytes for t in model.state_dict().values())
-    applied = static_int8.TECHNIQUE.apply(model, Config(), surroundings(model))
-    step = {"technique": "static_int8", "version": 1, "resolved": applied.resolved}
-    artefact.save(model, tmp_path / "a", model_description=models.describe(section, data), steps=[step])
-    loaded = artefact.load(tmp_path / "a")
-    with torch.inference_mode():
-        assert torch.equal(loaded(images()), model(images()))
-    assert whole / sum(t.nbytes for t in model.state_dict().values()) > 3
+    model = require_reload([("static_int8", {})], tmp_path / "a")
+    whole = require_reload([], tmp_path / "whole")
+    sizes = [sum(t.nbytes for t in m.state_dict().values()) for m in (whole, model)]
+    assert sizes[0] / sizes[1] > 3
 
 
 def test_close_to_the_model_and_never_twice() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from workers import artefact, models
+from workers import artefact, int4_kernels, models
 from workers.affine import (
     NotQuantisable,
     grouped_affine,
@@ -309,11 +309,13 @@ def test_scales_keep_their_type_when_the_model_is_moved() -> None:
     assert set(layer.state_dict()) == {"weight", "scale", "zero", "bias"}
 
 
-def test_check_refuses_the_packed_kernel_on_cuda_only() -> None:
+def test_check_refuses_the_packed_kernel_of_8_bits_on_cuda_only() -> None:
     info = models.model_info(build(), "cpu")
     cuda = dataclasses.replace(info, device="cuda")
     assert weight_only.check(info, Config(bits=4, kernel="packed")) is None
     assert weight_only.check(cuda, Config(bits=4)) is None
+    assert weight_only.check(cuda, Config(bits=4, kernel="packed")) == int4_kernels.lacking("cuda")
+    assert "CPU only, not on cuda" in str(weight_only.check(cuda, Config(bits="mixed", kernel="packed")))
     assert "CPU only, not on cuda" in str(weight_only.check(cuda, Config(kernel="packed")))
 
 

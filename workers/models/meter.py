@@ -25,6 +25,7 @@ from transformers.models.roberta import modeling_roberta
 
 from workers.models import vision_language as vl
 from workers.models.timm_vit import ModelError
+from workers.techniques.record import ModelInfo
 
 _clip: Any = modeling_clip  # their constructors are not typed, and their configurations not in full
 _roberta: Any = modeling_roberta
@@ -96,6 +97,36 @@ def create(description: Mapping[str, Any], *, device: str = "cpu") -> Meter:
     """
     with torch.device(device):
         return Meter(MeterShape(**describe(description)["create"]))
+
+
+def model_info(module: nn.Module, device: str) -> ModelInfo:
+    """See :func:`workers.models.model_info`: blocks are the fusion layers, by their image stream's cross-attention."""
+    model: Any = module
+    shape, encoder = model.shape, model.image_encoder
+    image_tokens = getattr(encoder, "tokens_left", encoder.embeddings.num_positions)
+    attentions = [layer.image.cross_attention.attention for layer in model.layers]
+    return ModelInfo(
+        family="meter",
+        name="meter",
+        depth=len(attentions),
+        embed_dim=model.text_pooler.dense.in_features,
+        head_dim=attentions[0].head_dim,
+        num_heads=tuple(a.num_heads for a in attentions),
+        mlp_hidden=tuple(layer.image.output.dense.in_features for layer in model.layers),
+        num_tokens=shape.max_text_tokens + image_tokens,
+        num_prefix_tokens=1,
+        has_class_token=True,
+        has_distil_token=False,
+        image_size=encoder.embeddings.image_size,
+        patch_size=shape.patch_size,
+        in_chans=shape.in_chans,
+        num_classes=shape.num_classes,
+        params=sum(p.numel() for p in model.parameters()),
+        device=device,
+        num_text_tokens=shape.max_text_tokens,
+        reduces_tokens=any(getattr(layer, "reduces_tokens", False) for layer in model.layers),
+        tower_depth=len(encoder.layers),
+    )
 
 
 # --- fusion -----------------------------------------------------------------------------------------------------------
@@ -265,6 +296,7 @@ class Meter(nn.Module):
     under its own modality embedding, and classifies all four, left image first (section 4.1).
     """
 
+    family = "meter"
     protected = (0, 0)
     """Positions of the class token in the text and in the image stream, which no reduction may remove."""
 

@@ -26,6 +26,7 @@ from transformers.models.vilt import modeling_vilt
 
 from workers.models import vision_language as vl
 from workers.models.timm_vit import ModelError
+from workers.techniques.record import ModelInfo
 
 _parts: Any = modeling_vilt  # its constructors are not typed
 
@@ -89,6 +90,36 @@ def create(description: Mapping[str, Any], *, device: str = "cpu") -> Vilt:
     """
     with torch.device(device):
         return Vilt(ViltShape(**describe(description)["create"]))
+
+
+def model_info(module: nn.Module, device: str) -> ModelInfo:
+    """See :func:`workers.models.model_info`: blocks are the layers, tokens those of the longest text and of a square image."""
+    model: Any = module
+    shape, patches = model.shape, model.embeddings.grid**2
+    if model.embeddings.max_image_length is not None:
+        patches = min(patches, model.embeddings.max_image_length)
+    attentions = [layer.attention.attention for layer in model.layers]
+    return ModelInfo(
+        family="vilt",
+        name="vilt",
+        depth=len(attentions),
+        embed_dim=model.layernorm.normalized_shape[0],
+        head_dim=attentions[0].head_dim,
+        num_heads=tuple(a.num_heads for a in attentions),
+        mlp_hidden=tuple(layer.output.dense.in_features for layer in model.layers),
+        num_tokens=shape.max_text_tokens + 1 + patches,
+        num_prefix_tokens=1,
+        has_class_token=True,
+        has_distil_token=False,
+        image_size=model.embeddings.grid * shape.patch_size,
+        patch_size=shape.patch_size,
+        in_chans=shape.in_chans,
+        num_classes=shape.num_classes,
+        params=sum(p.numel() for p in model.parameters()),
+        device=device,
+        num_text_tokens=shape.max_text_tokens,
+        reduces_tokens=any(getattr(layer, "reduces_tokens", False) for layer in model.layers),
+    )
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -275,6 +306,8 @@ class Vilt(nn.Module):
     NLVR2 runs the text with each image, the second one under its own modality embedding, and classifies both pooled
     features side by side, left image first (section 4.3).
     """
+
+    family = "vilt"
 
     def __init__(self, shape: ViltShape) -> None:
         super().__init__()

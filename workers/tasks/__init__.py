@@ -7,10 +7,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from workers.tasks.image_classification import Task
+    from workers.tasks.batches import TaskData
 
-KINDS = ("digits", "cifar10", "cifar100", "imagefolder", "parquet")
-"""Values of ``data.kind``; all are image classification so far."""
+IMAGE_KINDS = ("digits", "cifar10", "cifar100", "imagefolder", "parquet")
+"""Values of ``data.kind`` that are image classification."""
+
+DIGIT_KINDS = ("digit_vqa", "digit_entailment", "digit_nlvr", "digit_retrieval")
+"""Vision-language tasks made of scikit-learn's digits; no path."""
+
+TEXT_KINDS = ("vqa", "entailment", "nlvr2", "nlvr1", "retrieval")
+"""Vision-language tasks read from files."""
+
+KINDS = (*IMAGE_KINDS, *DIGIT_KINDS, *TEXT_KINDS)
+"""Values of ``data.kind``."""
 
 
 class TaskError(ValueError):
@@ -49,21 +58,29 @@ class TaskInfo:
         """Reads what ``dataclasses.asdict`` and JSON made of it."""
         text = values["text"]
         return cls(
-            **{**values, "class_names": tuple(values["class_names"]), "text": None if text is None else TextInfo(**text)}
+            **{
+                **values,
+                "class_names": tuple(values["class_names"]),
+                "text": None if text is None else TextInfo(**text),
+            }
         )
 
 
-def load(data: Mapping[str, Any]) -> Task:
+def load(data: Mapping[str, Any]) -> TaskData:
     """Loads the data and cuts its splits.
 
     Args:
         data: the context's data section: ``kind, path, image_size, search_fraction, split_seed, train_limit,
             search_limit, report_limit, digest, mean, std``; all but ``kind`` (and ``path`` where files are read) may be
-            left out.
+            left out. For vision-language tasks also those of ``workers.tasks.vision_language.DEFAULTS``.
 
     Raises:
         TaskError: the data is missing or broken, or is not the data of ``digest``.
     """
+    if _has_texts(data):
+        from workers.tasks import vision_language
+
+        return vision_language.load(data)
     from workers.tasks import image_classification
 
     return image_classification.load(data)
@@ -75,6 +92,10 @@ def info(data: Mapping[str, Any]) -> TaskInfo:
     Raises:
         TaskError: the data is missing or broken.
     """
+    if _has_texts(data):
+        from workers.tasks import vision_language
+
+        return vision_language.info(data)
     from workers.tasks import image_sources
 
     source = image_sources.open_source(data)
@@ -85,11 +106,22 @@ def data_digest(data: Mapping[str, Any]) -> str:
     """Returns 16 hexadecimal digits that name the content, wherever it lies.
 
     SHA-256 of the files for Parquet and image folders (with their names there), of the arrays for digits, of
-    torchvision's archive checksum for CIFAR. Files are read once as long as size and time of change stay. Limits and split settings are not part of it.
+    torchvision's archive checksum for CIFAR. Of vision-language data in files those of annotations and of every picture.
+    Files are read once as long as size and time of change stay. Limits and split settings are not part of it.
 
     Raises:
         TaskError: the data is missing.
     """
+    if _has_texts(data):
+        from workers.tasks import vision_language
+
+        return vision_language.data_digest(data)
     from workers.tasks import image_sources
 
     return image_sources.open_source(data).digest
+
+
+def _has_texts(data: Mapping[str, Any]) -> bool:
+    if data["kind"] not in KINDS:
+        raise TaskError(f"data.kind must be one of {', '.join(KINDS)}, got {data['kind']!r}")
+    return data["kind"] not in IMAGE_KINDS

@@ -6,14 +6,19 @@ answers; Karpathy, Fei-Fei, "Deep Visual-Semantic Alignments", CVPR 2015, sectio
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from workers.tasks import TaskError
 
 ANNOTATORS = 10
 """Answers that a question has."""
@@ -49,6 +54,7 @@ _PUNCTUATION = re.compile(r"[^\w\s':.]|_")
 # --- VQA --------------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1 << 16)
 def normalise(answer: str) -> str:
     """Returns the form in which answers are compared.
 
@@ -86,6 +92,27 @@ def vocabulary(questions: Iterable[Counter[str]], size: int) -> tuple[str, ...]:
     """Returns the ``size`` answers that are most questions' consensus, most frequent first, equals alphabetically."""
     counts = Counter(answer for found in questions if (answer := consensus(found)) is not None)
     return tuple(sorted(counts, key=lambda answer: (-counts[answer], answer))[:size])
+
+
+def read_vocabulary(path: Path) -> tuple[str, ...]:
+    """Returns the answers that a file lists in the order of a model's classes: a JSON list, or one a line.
+
+    Raises:
+        TaskError: it is missing, or no such list.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise TaskError(
+            f"data.answers {path}: must be a JSON list of answers, or a text with one a line: {error}"
+        ) from error
+    if not isinstance(found, list) or not found or not all(isinstance(one, str) for one in found):
+        raise TaskError(f"data.answers {path}: must be a list of texts that is not empty; see the model's id2label")
+    if len(set(found)) != len(found):
+        twice = next(answer for answer, count in Counter(found).items() if count > 1)
+        raise TaskError(f"data.answers {path}: must name each answer once, {twice!r} is there twice; remove one")
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -19,21 +19,25 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import psutil
 from numpy.typing import NDArray
 
 from workers.tasks import TaskError, TaskInfo
-from workers.tasks.encoded_images import cache_folder, decode, resize, threads, write_atomic
-from workers.tasks.image_sources import Content, Images, Source
+from workers.tasks.encoded_images import cache_folder, decode, resize, squash, threads, write_atomic
+from workers.tasks.image_sources import Content, Images, Pictures
 
 DECODER = 2
 """Raised when the same bytes would give other pixels. The version of Pillow counts too."""
 
 _SELECTION = ("image_size", "search_fraction", "split_seed", "train_limit", "search_limit", "report_limit")
 """Keys of a data section that decide which images its splits hold, and their size."""
+
+
+Fit = Literal["exact", "crop", "squash"]
+"""How an image gets the task's size: it must have it; shorter side resized and the middle cropped; both sides resized."""
 
 
 @dataclass(frozen=True)
@@ -107,14 +111,19 @@ def recall(key: str) -> tuple[TaskInfo, dict[str, tuple[Stored, NDArray[np.int64
     try:
         index = json.loads((folder / f"{key}.index.json").read_text())
         with np.load(folder / f"{key}.labels.npz") as labels:
-            found = {name: (_stored(array), labels[name]) for name, array in index["arrays"].items()}
+            found = {name: (stored(array), labels[name]) for name, array in index["arrays"].items()}
     except FileNotFoundError:
         return None
     info = index["info"]
     return TaskInfo(**{**info, "class_names": tuple(info["class_names"])}), found
 
 
-def _stored(key: str) -> Stored:
+def stored(key: str) -> Stored:
+    """Returns what :func:`store` decoded before.
+
+    Raises:
+        FileNotFoundError: it is gone.
+    """
     folder = cache_folder()
     moments = Moments.read(folder / f"{key}.moments.json")
     return Stored(key, np.load(folder / f"{key}.npy", mmap_mode="r"), moments)
@@ -123,32 +132,32 @@ def _stored(key: str) -> Stored:
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
 
-def store(source: Source, part: str, rows: NDArray[np.int64], info: TaskInfo, resizes: bool) -> Stored:
+def store(source: Pictures, part: str, rows: NDArray[np.int64], info: TaskInfo, fit: Fit) -> Stored:
     """Returns the decoded images of ``rows``, decoding those that no process of this node decoded before.
 
     Args:
-        resizes: whether images of another size are brought to the task's; otherwise they are a fault.
+        fit: how images of another size are brought to the task's; with "exact" they are a fault.
 
     Raises:
         TaskError: an image cannot be decoded or has another size, or the disk is too small.
     """
     shape = (len(rows), info.image_size, info.image_size, info.in_chans)
-    key = _key(source.digest, part, shape, resizes, hashlib.sha256(rows.tobytes()).hexdigest())
+    key = _key(source.digest, part, shape, fit, hashlib.sha256(rows.tobytes()).hexdigest())
     folder = cache_folder()
     with locked(key):
         if not (folder / f"{key}.npy").is_file():
-            _decode(folder, key, source, part, rows, shape, resizes)
-    return _stored(key)
+            _decode(folder, key, source, part, rows, shape, fit)
+    return stored(key)
 
 
 def _decode(
     folder: Path,
     key: str,
-    source: Source,
+    source: Pictures,
     part: str,
     rows: NDArray[np.int64],
     shape: tuple[int, ...],
-    resizes: bool,
+    fit: Fit,
 ) -> None:
     """Decodes into ``<key>.npy``; what is done is marked row by row, for the next process if this one is killed.
 
@@ -162,7 +171,7 @@ def _decode(
     channels = shape[-1]
     out = _open_array(partial, shape, np.uint8)
     sums = _open_array(sums_file, (len(rows), 2 * channels + 1), np.int64)  # totals, squares, 1 where decoded
-    _fill(out, sums, source, part, rows, resizes)
+    _fill(out, sums, source, part, rows, fit)
     total = np.asarray(sums.sum(axis=0))
     moments = Moments(
         shape[0] * shape[1] * shape[2], tuple(total[:channels].tolist()), tuple(total[channels:-1].tolist())
@@ -198,16 +207,16 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap[Any
 def _fill(
     out: NDArray[np.uint8],
     sums: NDArray[np.int64],
-    source: Source,
+    source: Pictures,
     part: str,
     rows: NDArray[np.int64],
-    resizes: bool,
+    fit: Fit,
 ) -> None:
     """Decodes what is not marked yet, a bounded number of images at a time; Pillow works outside Python's lock."""
     channels = source.channels
 
     def one(position: int, content: Content, name: str) -> None:
-        image = _fitted(decode(content, name, channels), out.shape[1:], name, resizes)
+        image = _fitted(decode(content, name, channels), out.shape[1:], name, fit)
         out[position] = image
         wide = image.reshape(-1, channels).astype(np.int64)
         sums[position, :-1] = np.concatenate([wide.sum(axis=0), np.square(wide).sum(axis=0)])
@@ -228,10 +237,10 @@ def _fill(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _fitted(image: Images, shape: tuple[int, ...], name: str, resizes: bool) -> Images:
-    if not resizes and image.shape != shape:
+def _fitted(image: Images, shape: tuple[int, ...], name: str, fit: Fit) -> Images:
+    if fit == "exact" and image.shape != shape:
         raise TaskError(
             f"{name}: images must have one size, this is {image.shape[0]}x{image.shape[1]}, the first was "
             f"{shape[0]}x{shape[1]}; set data.image_size to resize and crop"
         )
-    return resize(image, shape[0])
+    return squash(image, shape[0]) if fit == "squash" else resize(image, shape[0])

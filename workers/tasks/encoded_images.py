@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,13 +51,23 @@ def decode(content: Content, name: str, channels: int | None) -> Images:
 
 def resize(image: Images, size: int) -> Images:
     """Resizes the shorter side to ``size`` (bilinear) and crops the middle: (H, W, C) to (size, size, C)."""
+    height, width, _ = image.shape
+    scale = size / min(height, width)
+    return _scaled(image, (max(size, round(width * scale)), max(size, round(height * scale))), size)
+
+
+def squash(image: Images, size: int) -> Images:
+    """Resizes both sides to ``size`` (bilinear), whatever the aspect was: (H, W, C) to (size, size, C)."""
+    return _scaled(image, (size, size), size)
+
+
+def _scaled(image: Images, to: tuple[int, int], size: int) -> Images:
+    """Resizes to (width, height) and crops the middle."""
     import PIL.Image
 
     height, width, channels = image.shape
     if height == width == size:
         return image
-    scale = size / min(height, width)
-    to = (max(size, round(width * scale)), max(size, round(height * scale)))
     left, top = (to[0] - size) // 2, (to[1] - size) // 2
 
     def one(pixels: Image) -> Images:
@@ -73,7 +84,7 @@ def threads() -> int:
     return min(32, cores)
 
 
-class EncodedSource:
+class EncodedSource(ABC):
     """What folders and Parquet files have in common: see :class:`workers.tasks.image_sources.Source`."""
 
     digest: str
@@ -81,9 +92,9 @@ class EncodedSource:
     class_names: tuple[str, ...]
     _channels: int | None = None
 
+    @abstractmethod
     def contents(self, part: str, wanted: NDArray[np.int64]) -> Iterator[tuple[int, Content, str]]:
         """Yields (position in ``wanted``, an encoded image or its file, name for messages) in any order."""
-        raise NotImplementedError
 
     @property
     def channels(self) -> int:
@@ -113,7 +124,7 @@ class FolderSource(EncodedSource):
             files, labels = self.files["train"], self.labels["train"]
             self.files = {"train": [files[i] for i in kept], "test": [files[i] for i in off]}
             self.labels = {"train": labels[kept], "test": labels[off]}
-        self.digest = _folder_digest(root, [f for part in sorted(self.files) for f in sorted(self.files[part])])
+        self.digest = folder_digest(root, [f for part in sorted(self.files) for f in sorted(self.files[part])])
 
     def _read(self, part: str, folder: Path) -> None:
         files: list[Path] = []
@@ -197,16 +208,18 @@ class ParquetSource(EncodedSource):
                         column = opened.read_row_group(group, columns=["image"])["image"]
                         for at in range(low, high):
                             name = f"{file} row {ordered[at] - first}"
-                            yield int(order[at]), _bytes(column[int(ordered[at] - start)].as_py(), name), name
+                            yield int(order[at]), image_bytes(column[int(ordered[at] - start)].as_py(), name), name
                     start = stop
 
 
-def _bytes(value: object, name: str) -> bytes:
+def image_bytes(value: object, name: str) -> bytes:
+    """Returns the encoded image of a cell: bytes, or ``{bytes, path}``."""
     if isinstance(value, Mapping):
         value = value.get("bytes")
     if not isinstance(value, bytes):
         raise TaskError(
-            f"{name}: column 'image' must hold the bytes of a PNG or JPEG file, found {type(value).__name__}"
+            f"{name}: an image column must hold the bytes of a PNG or JPEG file, found {type(value).__name__}; "
+            "embed the files (Hugging Face datasets: save_to_disk does)"
         )
     return value
 
@@ -236,7 +249,7 @@ def file_digest(file: Path) -> str:
     return _remembered([_stamp(file, file.resolve())], lambda: _sha256(file))
 
 
-def _folder_digest(root: Path, files: list[Path]) -> str:
+def folder_digest(root: Path, files: list[Path]) -> str:
     """Returns 16 digits that name the files' content and places below ``root``; read once as long as none is touched."""
 
     def read() -> str:

@@ -82,9 +82,9 @@ def _decoded(
         if known := decoded.recall(key):
             return known
         info = task_info(source, data)
-        resizes = data.get("image_size") is not None
+        fit: decoded.Fit = "exact" if data.get("image_size") is None else "crop"
         splits = {
-            name: (decoded.store(source, part, rows, info, resizes), source.labels[part][rows])
+            name: (decoded.store(source, part, rows, info, fit), source.labels[part][rows])
             for name, (part, rows) in _rows(source, data).items()
         }
         decoded.remember(key, info, {name: (found.key, labels) for name, (found, labels) in splits.items()})

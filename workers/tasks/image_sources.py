@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.tasks import KINDS, TaskError, TaskInfo
+from workers.tasks import IMAGE_KINDS, TaskError, TaskInfo
 
 REPORT_FRACTION = 0.2
 """Share of the images that becomes the test part where the data names none; always cut with seed 0."""
@@ -25,18 +25,15 @@ Images = NDArray[Any]
 Content = bytes | Path | Images
 
 
-class Source(Protocol):
-    """Labelled images in two parts.
+class Pictures(Protocol):
+    """Images to decode, in parts.
 
     Attributes:
         digest: names the content.
-        labels: part (``train``, ``test``) to (N,) int64.
         channels: of every image.
     """
 
     digest: str
-    labels: dict[str, Labels]
-    class_names: tuple[str, ...]
 
     @property
     def channels(self) -> int: ...
@@ -49,6 +46,17 @@ class Source(Protocol):
         ...
 
 
+class Source(Pictures, Protocol):
+    """Labelled images in two parts.
+
+    Attributes:
+        labels: part (``train``, ``test``) to (N,) int64.
+    """
+
+    labels: dict[str, Labels]
+    class_names: tuple[str, ...]
+
+
 def open_source(data: Mapping[str, Any]) -> Source:
     """Opens the source of a data section.
 
@@ -56,8 +64,8 @@ def open_source(data: Mapping[str, Any]) -> Source:
         TaskError: it is missing or broken, or its content has another digest than ``data["digest"]``.
     """
     kind, path = data["kind"], data.get("path")
-    if kind not in KINDS:
-        raise TaskError(f"data.kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kind not in IMAGE_KINDS:
+        raise TaskError(f"data.kind must be one of {', '.join(IMAGE_KINDS)}, got {kind!r}")
     from workers.tasks.encoded_images import FolderSource, ParquetSource
 
     source: Source

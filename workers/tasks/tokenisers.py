@@ -12,6 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from workers.tasks import TaskError
 
 SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
@@ -81,15 +84,8 @@ class PublishedTokeniser:
     """One of transformers' tokenisers, by name or from a local folder; code from the hub is never run."""
 
     def __init__(self, name: str, fingerprint: str | None = None) -> None:
-        from transformers import AutoTokenizer  # takes seconds
-
         self.name = name
-        remedy = "give a local folder with the tokeniser's files, or download it once where there is a network"
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
-        except Exception as error:  # the hub client, the file formats and the parsers raise all kinds
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise TaskError(f"data.tokenizer {name!r}: cannot be loaded: {reason}; {remedy}") from error
+        self._tokenizer: Any = _published(name)
         if self._tokenizer.pad_token_id is None:
             raise TaskError(f"data.tokenizer {name!r}: must have a padding token; set one in its tokenizer_config.json")
         self.vocab_size, self.pad_id = len(self._tokenizer), int(self._tokenizer.pad_token_id)
@@ -107,6 +103,23 @@ class PublishedTokeniser:
         """See :class:`Tokeniser`. Of a folder the name and what is in it, not where it lies."""
         named = Path(self.name).name if self.fingerprint else self.name
         return {"kind": "transformers", "name": named, "fingerprint": self.fingerprint or None}
+
+
+def _published(name: str) -> Any:
+    """Loads by name or folder; what was downloaded before is taken without asking the network."""
+    from transformers import AutoTokenizer  # takes seconds
+
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except Exception:  # as below
+        try:
+            return AutoTokenizer.from_pretrained(name)
+        except Exception as error:  # the hub's client, the file formats and the parsers raise all kinds
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise TaskError(
+                f"data.tokenizer {name!r}: must be a tokeniser's folder or a name that can be downloaded: {reason}; "
+                "copy its files to every node and give their folder, or leave it out for a vocabulary of words"
+            ) from error
 
 
 def folder_fingerprint(name: str) -> str:
@@ -148,3 +161,12 @@ def read(description: Mapping[str, Any], folder: str | None = None) -> Tokeniser
             f"(fingerprint {expected}), has {found.fingerprint or 'none'}; give the folder that the study used"
         )
     return found
+
+
+def padded(ids: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Returns id lists as one array (N, length), padded at the right, and where it holds tokens."""
+    lengths = np.fromiter((len(one) for one in ids), dtype=np.int64, count=len(ids))
+    mask = np.arange(length) < lengths[:, None]
+    out = np.full((len(ids), length), pad_id, dtype=np.int64)
+    out[mask] = np.fromiter((token for one in ids for token in one), dtype=np.int64, count=int(lengths.sum()))
+    return out, mask

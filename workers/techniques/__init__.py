@@ -19,6 +19,7 @@ NAMES = (
     "evit",
     "dynamicvit",
     "diffrate",
+    "pumer",
     "nystrom",
     "performer",
     "linformer",
@@ -34,6 +35,7 @@ NAMES = (
     "smoothquant",
     "gptq",
     "repq_vit",
+    "fp8",
 )
 
 GROUP = "vitpareto.techniques"

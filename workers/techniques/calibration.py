@@ -1,4 +1,4 @@
-"""Calibration: what activations a model computes on training images, watched at the inputs of modules, and ranges from it.
+"""Calibration: what activations a model computes on training examples, watched at the inputs of modules, and ranges from it.
 
 A watcher sees the input of one module, batch by batch, in a fixed order, and keeps sums and evenly spaced samples, so the
 same images give the same ranges. The model runs as it will ship, its token reduction included. Shapes: (..., C).
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.affine import NotQuantisable
+from workers.inputs import Inputs
 from workers.techniques.record import Surroundings
 
 EPS = torch.finfo(torch.float32).eps
@@ -113,8 +114,8 @@ def require_finite(*values: Tensor) -> None:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def calibration_batches(surroundings: Surroundings, images: int) -> Iterator[Tensor]:
-    """Yields the first ``images`` training images of the seed's order, (B, C, H, W); fewer where there are fewer."""
+def calibration_batches(surroundings: Surroundings, images: int) -> Iterator[Tensor | Inputs]:
+    """Yields the first ``images`` training examples of the seed's order, a batch each; fewer where there are fewer."""
     left = images
     for batch, _ in surroundings.batches():
         surroundings.tick()
@@ -128,7 +129,7 @@ def calibration_batches(surroundings: Surroundings, images: int) -> Iterator[Ten
 def watch(
     model: nn.Module, watchers: Mapping[str, Callable[[Tensor], None]], surroundings: Surroundings, images: int
 ) -> set[str]:
-    """Runs the model in eval mode over training images and shows each watcher what its module gets.
+    """Runs the model in eval mode over training examples and shows each watcher what its module gets.
 
     Args:
         watchers: name of a module -> function of its first input.

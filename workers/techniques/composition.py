@@ -44,6 +44,7 @@ FAMILY_OF = {
     "smoothquant": "quantisation",
     "gptq": "quantisation",
     "repq_vit": "quantisation",
+    "fp8": "quantisation",
 }
 """Family of each technique, in canonical order within a family. Techniques that are only named here have their rules
 before they are built; those of other packages get their family from the registry."""

@@ -2,8 +2,8 @@
 
 Source: Défossez et al., DiffQ, arXiv 2104.09987, sections 3.2 (pseudo quantisation noise) and 3.3 (learned widths and size
 penalty, groups).
-Differs from the paper: linear layers only (the patch embedding and all vectors stay in floating point); the last group of a weight
-may be shorter, its rest is stored and counted; the range of a weight is no part of the gradient; widths are fixed and packed at the
+Differs from the paper: linear layers only (the patch embedding and all vectors stay in floating point, the word embeddings of a text
+encoder have 8 bits); the last group of a weight may be shorter, its rest is stored and counted; the range of a weight is no part of the gradient; widths are fixed and packed at the
 end of the recipe's recovery training, and evaluation before that rounds as it will be stored.
 Costs: noise for each weight in a training step. Saves: the file, to the learned widths and half a byte a group. Activations stay
 in floating point and no integer kernel runs, so no time is saved and rows are marked as simulated.
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workers.affine import PackedLinear, linears, pack_bits, require_finite, unpack_bits
+from workers.techniques.packed_embeddings import rebuild_embeddings, store_embeddings, train_embeddings
 from workers.techniques.record import (
     Applied,
     LossInputs,
@@ -29,6 +30,7 @@ from workers.techniques.record import (
     Technique,
     choice,
 )
+from workers.techniques.weight_only import int8_table, packed
 
 LEAST, MOST = 2, 15
 """Bits of a group, section 3.3."""
@@ -63,6 +65,9 @@ class Config:
     )
     group_size: int = choice(8, (8, 16, 32, 64, 128), search=(8, 32), doc="neighbouring weights that share a width")
     skip_head: bool = choice(False, (False, True), search=(False,), doc="leave the classifier heads unquantised")
+    embeddings: bool = choice(
+        True, (True, False), search=(True,), doc="quantise a text encoder's word embeddings as well, 8 bits a row"
+    )
 
 
 # --- quantiser --------------------------------------------------------------------------------------------------------
@@ -237,7 +242,8 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     _rebuild(model, resolved)
     for layer in _layers(model):
         layer.start()
-    return Applied(model, resolved, names)
+    tables = train_embeddings(model) if config.embeddings else []
+    return Applied(model, resolved | packed(tables), names + tables)
 
 
 def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
@@ -250,6 +256,11 @@ def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
         else:
             shape = (old.in_features, old.out_features, old.bias is not None)
             model.set_submodule(name, MixedWidths(*shape, group_size, list(resolved["counts"][i])))
+    tables = resolved.get("embeddings", [])
+    if tables and resolved["counts"] is None:
+        train_embeddings(model)
+    else:
+        rebuild_embeddings(model, tables, int8_table)
     return model
 
 
@@ -261,6 +272,7 @@ def _finalise(model: nn.Module, config: Config) -> dict[str, Any]:
             made = part.stored()
             model.set_submodule(name, made)
             counts.append(made.counts)
+    store_embeddings(model, int8_table)
     return {"counts": counts}
 
 
@@ -277,5 +289,6 @@ TECHNIQUE = Technique(
     parameter_groups=_groups,
     finalise=_finalise,
     simulated=lambda config: True,
+    models=("timm", "vilt", "meter"),
     source="Défossez et al. 2022, arXiv 2104.09987, section 3",
 )

@@ -7,6 +7,8 @@ the distillation loss acts on its head alone, the task loss on the class token's
 both, as in DeiT; a token that is added to a trained student starts as a copy of the class token and its head.
 A smaller student saves bytes, MACs and time; a student of full size saves nothing by itself, the loss then helps the
 recovery of the other techniques of a recipe.
+A vision-language student has fewer layers that see both modalities (ViLT's all, METER's fusion layers) and in them fewer heads and MLP
+dimensions; the width of its residual streams, its embeddings and METER's encoders are the teacher's.
 Not covered: feature and attention losses; attention pooling in narrower students; a token beside register tokens.
 """
 
@@ -22,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workers.models import ModelError
+from workers.techniques import joint_slicing
 from workers.techniques.record import (
     Applied,
     LossInputs,
@@ -32,8 +35,9 @@ from workers.techniques.record import (
     choice,
     number,
 )
-from workers.techniques.slicing import require_plain
+from workers.techniques.slicing import require_plain, stack_weights
 from workers.techniques.students import (
+    anew,
     named,
     named_info,
     shrink,
@@ -141,6 +145,10 @@ def student_info(info: ModelInfo, config: Config) -> ModelInfo:
 
 def _smaller(info: ModelInfo, depth: int, heads: int) -> ModelInfo:
     hidden = info.mlp_hidden[0] * heads // info.num_heads[0]
+    sizes: dict[str, Any] = {"depth": depth, "num_heads": (heads,) * depth, "mlp_hidden": (hidden,) * depth}
+    if info.family != "timm":
+        after = replace(info, **sizes)
+        return replace(after, params=info.params - stack_weights(info) + stack_weights(after))
     C, c = info.embed_dim, heads * info.head_dim
     prefix_and_patches = info.num_tokens + info.num_prefix_tokens
 
@@ -153,18 +161,16 @@ def _smaller(info: ModelInfo, depth: int, heads: int) -> ModelInfo:
 
     # A plain block has biases and two norms; what else a model has (LayerScale, q/k norms) is small and left out.
     lost = outside(C) - outside(c) + info.depth * block(C, info.mlp_hidden[0]) - depth * block(c, hidden)
-    return replace(
-        info,
-        depth=depth,
-        embed_dim=c,
-        num_heads=(heads,) * depth,
-        mlp_hidden=(hidden,) * depth,
-        params=info.params - lost,
-    )
+    return replace(info, **sizes, embed_dim=c, params=info.params - lost)
 
 
 def _check(info: ModelInfo, config: Config) -> str | None:
     other = config.architecture != BASELINE
+    if info.family != "timm" and (other or config.token):
+        what = f"architecture={config.architecture}" if other else "token=true"
+        return (
+            f"{what} is for vision transformers; a student of a {info.family} is a {info.family} without such a token"
+        )
     if other == (config.init == "from_teacher") or (not other and config.init == "pretrained"):
         needed = "random or pretrained" if other else "from_teacher or random"
         return f"init={config.init} does not go with architecture={config.architecture}; must be {needed}"
@@ -185,7 +191,32 @@ def _check(info: ModelInfo, config: Config) -> str | None:
     return None
 
 
+def _joint_student(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+    """A student of a vision-language model."""
+    parts: Any = model
+    attention, mlp = (find(parts.layers[0])[0][1] for find in (joint_slicing.attentions, joint_slicing.mlps))
+    layers = student_layers(len(parts.layers), config.depth)
+    heads = max(1, int(attention.attention.num_heads * config.width))
+    hidden = mlp.intermediate.dense.out_features * heads // attention.attention.num_heads
+    student: Any = model
+    changed = ["loss"]
+    if config.width < 1 or config.depth < 1 or config.init == "random":
+        student = anew(model, surroundings.generator) if config.init == "random" else copy.deepcopy(model)
+        changed += ["layers"] if config.width < 1 or config.depth < 1 else []
+        changed += ["init"] if config.init == "random" else []
+    joint_slicing.keep_layers(student, layers)
+    for layer in student.layers:
+        for _, block in joint_slicing.attentions(layer):
+            joint_slicing.cut_attention(block, heads, block.attention.head_dim)
+        for _, block in joint_slicing.mlps(layer):
+            joint_slicing.cut_mlp(block, hidden)
+    resolved = {"architecture": BASELINE, "token": False, "layers": layers, **joint_slicing.dimensions(student)}
+    return Applied(student, resolved, changed)
+
+
 def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+    if joint_slicing.joint_family(model):
+        return _joint_student(model, config, surroundings)
     vit: Any = model
     student: Any = vit
     changed = ["loss"]
@@ -225,6 +256,8 @@ def _another(vit: Any, config: Config, surroundings: Surroundings) -> nn.Module:
 
 
 def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
+    if joint_slicing.joint_family(model):
+        return joint_slicing.shrink_to(model, resolved)
     vit: Any = model
     if resolved["architecture"] != BASELINE:
         device = str(vit.patch_embed.proj.weight.device)
@@ -256,5 +289,6 @@ TECHNIQUE = Technique(
     loss=_loss,
     on_progress=_train_both_heads,
     info_after=student_info,
+    models=("timm", "vilt", "meter"),
     source="arXiv 1503.02531, section 2; DeiT, arXiv 2012.12877, section 4",
 )

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from workers.affine import KernelLinear, linears, symmetric_int8
+from workers.techniques.packed_embeddings import pack_embeddings, rebuild_embeddings
 from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, choice
+from workers.techniques.weight_only import int8_table, packed
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class Config:
         "per_channel", ("per_channel", "per_tensor"), doc="one scale a weight row, or one a layer"
     )
     skip_head: bool = choice(False, (False, True), search=(False,), doc="leave the classifier heads unquantised")
+    embeddings: bool = choice(
+        True, (True, False), search=(True,), doc="pack a text encoder's word embeddings as well, 8 bits a row"
+    )
 
 
 class DynamicInt8Linear(KernelLinear):
@@ -86,7 +91,8 @@ def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
         bias = None if linear.bias is None else linear.bias.detach().clone()
         model.set_submodule(name, DynamicInt8Linear(weight, scale, bias))
     names = list(found)
-    return Applied(model, {"granularity": config.granularity, "linears": names}, names)
+    tables = pack_embeddings(model, int8_table) if config.embeddings else []
+    return Applied(model, {"granularity": config.granularity, "linears": names, **packed(tables)}, names + tables)
 
 
 def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
@@ -97,6 +103,7 @@ def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
         scale = torch.empty(weight.shape[:1] if resolved["granularity"] == "per_channel" else (), device="meta")
         bias = None if old.bias is None else torch.empty(weight.shape[:1], device="meta")
         model.set_submodule(name, DynamicInt8Linear(weight, scale, bias))
+    rebuild_embeddings(model, resolved.get("embeddings", ()), int8_table)
     return model
 
 
@@ -109,5 +116,6 @@ TECHNIQUE = Technique(
     apply=apply_,
     rebuild=rebuild,
     check=check,
+    models=("timm", "vilt", "meter"),
     source="Jacob et al. 2018, arXiv 1712.05877, section 2; PyTorch eager dynamic quantisation",
 )

@@ -5,7 +5,8 @@ Differs from the paper: tokens are masked by a bias on the keys, so that attenti
 attend to itself either (nothing reads it any more); the token that is most likely to stay always does; the squared error
 of a token is averaged over its channels, so that its weight does not depend on the width; a model may average its patch
 tokens instead of reading its class token; class, distillation and register tokens are all protected. Where the teacher's
-tokens are not those of the model (another width or resolution), the loss between tokens is left out.
+tokens are not those of the model (another width or resolution), the loss between tokens is left out. In ViLT and METER image
+tokens are dropped: see :mod:`workers.techniques.dynamicvit_joint`.
 Saves MACs, time and activation memory; the predictors add parameters. Must train. Training itself is not faster: it masks
 instead of removing, and the loss between tokens runs the teacher.
 Not covered: attention masks and intermediate features (an error); pooling other than by class token or mean (an error).
@@ -13,16 +14,17 @@ Not covered: attention masks and intermediate features (an error); pooling other
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workers.techniques.distill import soft_loss
-from workers.techniques.record import Applied, LossInputs, LossTerm, ModelInfo, Surroundings, Technique, number
+from workers.techniques.joint_tokens import LAYER_NAMES, chosen_layers, layers_fault
+from workers.techniques.record import Applied, LossInputs, LossTerm, ModelInfo, Surroundings, Technique, choice, number
 from workers.techniques.token_blocks import (
     TokenBlocks,
     Tokens,
@@ -33,9 +35,13 @@ from workers.techniques.token_blocks import (
     rows,
     spread_layers,
 )
+from workers.techniques.token_predictors import Predictor, decide, kept_counts, ratio_loss, token_loss
 
 RATIO_WEIGHT = 2.0
 """Lambda of the loss that holds the shares kept: section 4.1 of the paper."""
+
+BY_START = "by_start"
+"""Value of ``layers`` that leaves them to ``start`` and ``stages``."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,12 @@ class Config:
         0.25, 0.0, 0.75, 0.05, search=(0.25, 0.25, 0.05), doc="share of the depth before the first predictor"
     )
     stages: int = number(3, 1, 4, 1, search=(3, 3, 1), doc="predictors, evenly from the first one on")
+    layers: str = choice(
+        BY_START,
+        (BY_START, *LAYER_NAMES),
+        search=(BY_START,),
+        doc="layers before which a predictor stands; by_start: as start and stages say",
+    )
     logit_weight: float = number(
         0.5, 0.0, 1.0, 0.1, search=(0.5, 0.5, 0.1), doc="weight of the divergence from the teacher's logits"
     )
@@ -55,91 +67,7 @@ class Config:
     )
 
 
-# --- mathematics ------------------------------------------------------------------------------------------------------
-
-
-def kept_counts(patches: int, keep: float, stages: int) -> list[int]:
-    """Returns the patch tokens after each predictor: int(rho^i P), at least one; 196 at 0.7 give 137, 96, 67."""
-    return [max(1, int(keep ** (i + 1) * patches + 1e-9)) for i in range(stages)]
-
-
-def decide(chances: Tensor, kept: Tensor) -> Tensor:
-    """Draws which tokens stay, with the gradient of the softened draw; the most likely one stays in any case.
-
-    Args:
-        chances: (B, P, 2) logarithms of the probabilities to stay and to go; kept: (B, P, 1) of 0 and 1, those left.
-
-    Returns:
-        (B, P, 1) of 0 and 1.
-    """
-    drawn = F.gumbel_softmax(chances, hard=True)[..., :1]
-    best = chances[..., :1].detach().masked_fill(kept == 0, -torch.inf).argmax(dim=1, keepdim=True)
-    sure = torch.zeros_like(drawn).scatter(1, best, 1.0)
-    return kept * (drawn + sure * (1 - drawn.detach()))
-
-
-def ratio_loss(decided: Sequence[Tensor], keep: float) -> Tensor:
-    """Returns the mean over images and predictors of (share kept - rho^i)^2, without its weight.
-
-    Args:
-        decided: one (B, P, 1) of 0 and 1 a predictor.
-    """
-    errors = [(kept.mean(dim=(1, 2)) - keep ** (i + 1)).square().mean() for i, kept in enumerate(decided)]
-    return torch.stack(errors).mean()
-
-
-def token_loss(student: Tensor, teacher: Tensor, kept: Tensor) -> Tensor:
-    """Returns the squared distance of the kept tokens from the teacher's, mean over tokens and channels.
-
-    Args:
-        student, teacher: (B, P, C); kept: (B, P, 1) of 0 and 1.
-    """
-    distance = (student.float() - teacher.float()).square().mean(dim=-1, keepdim=True)
-    return (distance * kept).sum() / kept.sum()
-
-
-# --- modules ----------------------------------------------------------------------------------------------------------
-
-
-class Predictor(nn.Module):
-    """Says of each patch token whether it stays, from itself and the mean of all that are left.
-
-    Args:
-        width: C; half of the channels speak of the token, half of the image.
-    """
-
-    def __init__(self, width: int, device: str | torch.device | None = None) -> None:
-        super().__init__()
-        self.local = width // 2
-        with torch.device(device or "cpu"):
-            self.project = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
-            self.decide = nn.Sequential(
-                nn.Linear(width, width // 2),
-                nn.GELU(),
-                nn.Linear(width // 2, width // 4),
-                nn.GELU(),
-                nn.Linear(width // 4, 2),
-            )
-
-    def forward(self, x: Tensor, kept: Tensor) -> Tensor:
-        """Returns (B, P, 2) float32 logarithms of the probabilities to stay and to go.
-
-        Args:
-            x: (B, P, C) patch tokens; kept: (B, P, 1) of 0 and 1, those that are left.
-        """
-        features = self.project(x)
-        own, others = features[..., : self.local], features[..., self.local :]
-        mean = (others * kept).sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True)
-        features = torch.cat([own, mean.to(own.dtype).expand(-1, x.shape[1], -1)], dim=-1)
-        return F.log_softmax(self.decide(features).float(), dim=-1)
-
-    def start_(self, generator: torch.Generator) -> None:
-        """Fills an empty predictor: weights of spread 0.02 drawn on the CPU, norms of one, no biases."""
-        for name, parameter in self.named_parameters():
-            drawn = torch.zeros(parameter.shape) if name.endswith("bias") else torch.ones(parameter.shape)
-            if parameter.ndim == 2:
-                nn.init.trunc_normal_(drawn, std=0.02, generator=generator)
-            parameter.data.copy_(drawn)
+# --- module -----------------------------------------------------------------------------------------------------------
 
 
 class ThinningBlocks(TokenBlocks):
@@ -204,10 +132,23 @@ class ThinningBlocks(TokenBlocks):
 
 def _loss(inputs: LossInputs, config: Config) -> LossTerm:
     vit: Any = inputs.model
+    if getattr(vit, "family", "timm") != "timm":
+        from workers.techniques import dynamicvit_joint  # imports nothing that image models need
+
+        traces = dynamicvit_joint.take_traces(vit)
+        if traces is None:
+            return LossTerm(1.0, inputs.logits.new_zeros(()))
+        ratios = torch.stack([ratio_loss(trace.shares(), config.keep) for trace in traces]).mean()
+        return LossTerm(1.0, _whole_loss(inputs, config, ratios, partial(dynamicvit_joint.distance, inputs, traces)))
     if not vit.blocks.kept:
         return LossTerm(1.0, inputs.logits.new_zeros(()))
     trace = vit.blocks.take_trace()
-    loss = RATIO_WEIGHT * ratio_loss(trace.decided, config.keep)
+    ratios = ratio_loss(trace.decided, config.keep)
+    return LossTerm(1.0, _whole_loss(inputs, config, ratios, partial(_distance, inputs, trace)))
+
+
+def _whole_loss(inputs: LossInputs, config: Config, ratios: Tensor, distance: Callable[[], Tensor | None]) -> Tensor:
+    loss = RATIO_WEIGHT * ratios
     if config.logit_weight:
         if inputs.teacher_logits is None:
             raise ValueError("dynamicvit: the training must supply teacher logits, or logit_weight must be 0")
@@ -215,9 +156,10 @@ def _loss(inputs: LossInputs, config: Config) -> LossTerm:
     if config.token_weight:
         if inputs.teacher is None:
             raise ValueError("dynamicvit: the training must supply the teacher, or token_weight must be 0")
-        if comparable(inputs.teacher, vit):
-            loss = loss + config.token_weight * _distance(inputs.teacher, vit, inputs.images, trace)
-    return LossTerm(1.0, loss)
+        apart = distance()
+        if apart is not None:
+            loss = loss + config.token_weight * apart
+    return loss
 
 
 def comparable(teacher: nn.Module, model: nn.Module) -> bool:
@@ -226,35 +168,54 @@ def comparable(teacher: nn.Module, model: nn.Module) -> bool:
     return (a.patch_embed.num_patches, a.embed_dim) == (b.patch_embed.num_patches, b.embed_dim)
 
 
-def _distance(teacher: Any, vit: Any, images: Tensor, trace: Tokens) -> Tensor:
+def _distance(inputs: LossInputs, trace: Tokens) -> Tensor | None:
+    vit, teacher = cast(Any, inputs.model), cast(Any, inputs.teacher)
+    if not comparable(teacher, vit):
+        return None
     prefix = vit.num_prefix_tokens
     with torch.no_grad():
-        theirs = teacher.forward_features(images)[:, teacher.num_prefix_tokens :]
+        theirs = teacher.forward_features(inputs.images)[:, teacher.num_prefix_tokens :]
     return token_loss(vit.norm(trace.x)[:, prefix:], theirs, trace.decided[-1].detach())
 
 
 # --- record -----------------------------------------------------------------------------------------------------------
 
 
-def _plan(patches: int, depth: int, config: Config) -> dict[int, int]:
+def _layers(config: Config, family: str, depth: int) -> list[int]:
+    if config.layers == BY_START:
+        return spread_layers(depth, config.start, config.stages)
+    return chosen_layers(config.layers, family, depth)
+
+
+def _plan(patches: int, layers: list[int], keep: float) -> dict[int, int]:
     """Returns the patch tokens that stay, by block; {} where none would go."""
-    layers = spread_layers(depth, config.start, config.stages)
-    counts = kept_counts(patches, config.keep, len(layers))
+    counts = kept_counts(patches, keep, len(layers))
     return dict(zip(layers, counts, strict=True)) if counts[-1] < patches else {}
 
 
 def _check(info: ModelInfo, config: Config) -> str | None:
-    patches = info.num_tokens - info.num_prefix_tokens
-    if not _plan(patches, info.depth, config):
+    if info.reduces_tokens:
+        return "its layers reduce tokens already"
+    fault = None if config.layers == BY_START else layers_fault(config.layers, info.family, info.depth)
+    if fault:
+        return fault
+    patches = info.num_tokens - info.num_text_tokens - info.num_prefix_tokens
+    if not _plan(patches, _layers(config, info.family, info.depth), config.keep):
         return f"keep={config.keep:g} drops none of {patches} patch tokens"
     return None
 
 
+def _after(info: ModelInfo, config: Config) -> ModelInfo:
+    return replace(info, reduces_tokens=info.num_text_tokens > 0)
+
+
 def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+    if getattr(model, "family", "timm") != "timm":
+        return _apply_joint(model, config, surroundings)
     require_blocks(model, "dynamicvit")
     vit: Any = model  # timm is not typed
     pool = pools_by_mean(vit, "dynamicvit")
-    plan = _plan(vit.patch_embed.num_patches, len(vit.blocks), config)
+    plan = _plan(vit.patch_embed.num_patches, _layers(config, "timm", len(vit.blocks)), config.keep)
     resolved = {
         "layers": list(plan),
         "kept": list(plan.values()),
@@ -264,14 +225,26 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     _rebuild(model, resolved)
     weight = vit.patch_embed.proj.weight
     for i in plan:
-        predictor = vit.blocks[i].predictor.to_empty(device="cpu")
-        predictor.start_(surroundings.generator)
-        predictor.to(device=weight.device, dtype=weight.dtype)
+        vit.blocks[i].predictor.fill_(weight, surroundings.generator)
     return Applied(model, resolved, [f"blocks.{i}" for i in plan])
+
+
+def _apply_joint(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+    vlm: Any = model
+    layers = _layers(config, vlm.family, len(vlm.layers)) if config.keep < 1 else []
+    resolved = {"layers": layers, "keep": config.keep}
+    _rebuild(model, resolved)
+    for i in layers:
+        vlm.layers[i].reducer.predictor.fill_(next(vlm.parameters()), surroundings.generator)
+    return Applied(model, resolved, [f"layers.{i}" for i in layers])
 
 
 def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     """Predictors come on the meta device: whoever calls this fills them."""
+    if getattr(model, "family", "timm") != "timm":
+        from workers.techniques import dynamicvit_joint
+
+        return dynamicvit_joint.rebuild(model, resolved)
     vit: Any = model
     for i in resolved["layers"]:
         vit.blocks[i].predictor = Predictor(vit.embed_dim, device="meta").train(vit.training)
@@ -306,5 +279,7 @@ TECHNIQUE = Technique(
     needs_teacher=_wants_logits,
     needs_teacher_model=_wants_tokens,
     loss=_loss,
+    info_after=_after,
+    models=("timm", "vilt", "meter"),
     source="DynamicViT, arXiv 2106.02034, sections 3.2 to 3.4",
 )

@@ -11,7 +11,6 @@ Shapes: O out-features, I in-features.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.affine import PackedLinear, linears, pack_bits, packed_bytes, plain_linear, require_finite, unpack_bits
-from workers.techniques.integer_linear import IntegerLinear, no_kernel
-from workers.techniques.record import Surroundings
+from workers.affine import PackedLinear, pack_bits, packed_bytes, plain_linear, require_finite, unpack_bits
+from workers.techniques.integer_linear import IntegerLinear
 
 EPS = torch.finfo(torch.float32).eps
 """Smallest scale."""
@@ -57,12 +55,21 @@ class _Round(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A layer to train: its name and bits; ``input_bits`` 0 leaves the activations alone."""
+class Seen:
+    """What came into a layer: mean magnitude, and ends of the range; all 0 where nothing did. ``calls`` is how often it came."""
 
-    name: str
-    bits: int
-    input_bits: int
+    mean: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    calls: int = 0
+
+    def and_then(self, x: Tensor) -> Seen:
+        """Returns what came when x came as well: a layer is called for each image of a pair."""
+        mean = (self.mean * self.calls + float(x.abs().mean())) / (self.calls + 1)
+        low, high = float(x.min()), float(x.max())
+        if not self.calls:
+            return Seen(mean, low, high, 1)
+        return Seen(mean, min(low, self.low), max(high, self.high), self.calls + 1)
 
 
 # --- in training ------------------------------------------------------------------------------------------------------
@@ -184,116 +191,3 @@ class StoredIntegers(IntegerLinear):
 
     def plain(self) -> nn.Linear:
         return plain_linear(self.weight.float() * self.weight_scale[:, None], self.bias)
-
-
-# --- models -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What came into a layer: mean magnitude, and ends of the range; all 0 where nothing did."""
-
-    mean: float = 0.0
-    low: float = 0.0
-    high: float = 0.0
-
-
-def chosen_layers(model: nn.Module, bits: int, input_bits: int, last_layer: str) -> list[Layer]:
-    """Returns the linear layers with their bits; classifier heads as ``last_layer`` says: int8, float or same."""
-    heads = linears(model, skip_head=False).keys() - linears(model, skip_head=True).keys()
-    found = []
-    for name in linears(model, skip_head=last_layer == "float"):
-        if name in heads and last_layer == "int8":
-            found.append(Layer(name, 8, 8 if input_bits else 0))
-        else:
-            found.append(Layer(name, bits, input_bits))
-    return found
-
-
-@torch.no_grad()
-def observe(model: nn.Module, names: Sequence[str], surroundings: Surroundings) -> dict[str, Seen]:
-    """Returns what comes into each layer on the first batch of training images.
-
-    Raises:
-        NotQuantisable: NaN or infinity comes in; the message names the layer.
-    """
-    seen = dict.fromkeys(names, Seen())
-
-    def note(name: str, x: Tensor) -> None:
-        x = x.float()
-        require_finite(x, f"what comes into {name}")
-        seen[name] = Seen(float(x.abs().mean()), float(x.min()), float(x.max()))
-
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
-        for name in names
-    ]
-    training = model.training
-    try:
-        images, _ = next(iter(surroundings.batches()))
-        model.eval()(images)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
-    return seen
-
-
-def put(model: nn.Module, layers: Sequence[Layer], kind: type[FakeQuantised]) -> None:
-    """Replaces linear layers in place by ones in training, whose scales have no values yet."""
-    for layer in layers:
-        linear: Any = model.get_submodule(layer.name)
-        model.set_submodule(layer.name, kind(linear, layer.bits, layer.input_bits))
-
-
-def convert(
-    model: nn.Module, layers: Sequence[Layer], kind: type[FakeQuantised], surroundings: Surroundings
-) -> dict[str, Any]:
-    """Replaces linear layers in place by ones in training; returns what :func:`rebuild` needs."""
-    names = [layer.name for layer in layers]
-    seen = observe(model, names, surroundings)
-    put(model, layers, kind)
-    for name in names:
-        layer: Any = model.get_submodule(name)
-        layer.start(seen[name])
-    return {
-        "linears": names,
-        "bits": [layer.bits for layer in layers],
-        "input_bits": [layer.input_bits for layer in layers],
-        "stored": None,
-    }
-
-
-def rebuild(model: nn.Module, resolved: Mapping[str, Any], kind: type[FakeQuantised], *, scale_ndim: int) -> nn.Module:
-    """Replaces the same layers of a skeleton by layers without values, in training or stored."""
-    layers = [
-        Layer(*values) for values in zip(resolved["linears"], resolved["bits"], resolved["input_bits"], strict=True)
-    ]
-    if resolved["stored"] is None:
-        put(model, layers, kind)
-        return model
-    for layer in layers:
-        old: Any = model.get_submodule(layer.name)
-        shape = (old.in_features, old.out_features)
-        bias = old.bias is not None
-        made: nn.Module
-        if resolved["stored"] == "integers":
-            made = StoredIntegers(*shape, bias=bias)
-        else:
-            made = Stored(*shape, bias, layer.bits, layer.input_bits, scale_ndim)
-        model.set_submodule(layer.name, made)
-    return model
-
-
-def store(model: nn.Module) -> dict[str, Any]:
-    """Packs the layers in training, in place; returns what changes in what was resolved."""
-    found = {name: part for name, part in model.named_modules() if isinstance(part, FakeQuantised)}
-    integers = all(part.bits == part.input_bits == 8 for part in found.values())
-    for name, part in found.items():
-        model.set_submodule(name, part.stored_for_kernel() if integers else part.stored())
-    return {"stored": "integers" if integers else "packed"}
-
-
-def simulated(config: Any) -> bool:
-    """Whether nothing multiplies these layers as they are stored: kernels take 8 bits for weights and activations."""
-    return (config.weight_bits, config.activation_bits) != (8, 8) or no_kernel()

@@ -1,7 +1,7 @@
 """FQ-ViT: 8-bit weights and activations, LayerNorm inputs with a power-of-two factor a channel, softmax in powers of two.
 
-Source: Lin et al., FQ-ViT, arXiv 2111.13824, sections 3.2 (Power-of-Two Factor) and 3.3 (Log-Int-Softmax); i-exp: Kim et al.,
-I-BERT, arXiv 2101.01321, section 3.5.
+Source: Lin et al., FQ-ViT, arXiv 2111.13824, its Power-of-Two Factor (PTF) and Log-Int-Softmax (LIS); i-exp: Kim et al., I-BERT,
+arXiv 2101.01321, its integer-only softmax.
 Differs from the paper: the patch embedding, the outputs of GELU's and residual additions, and the arithmetic inside the norms stay
 in the model's type (every linear layer quantises its input all the same); ranges are extremes; attentions without a map, of the
 low-rank techniques, keep their own mixing and only their linear layers and norms are quantised.
@@ -245,5 +245,5 @@ TECHNIQUE = Technique(
     apply=apply_,
     rebuild=rebuild,
     simulated=_simulated,
-    source="FQ-ViT, arXiv 2111.13824, sections 3.2 and 3.3",
+    source="FQ-ViT, arXiv 2111.13824, Power-of-Two Factor and Log-Int-Softmax",
 )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from workers.affine import NotQuantisable, grouped_affine, linears, pack_bits, symmetric_int8
 from workers.techniques import weight_only
 from workers.techniques.calibration import watch
+from workers.techniques.packed_embeddings import pack_embeddings
 from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, choice
 from workers.techniques.weight_only import WIDTHS, GroupedLinear, Int8Linear, empty_layer
 
@@ -44,6 +45,9 @@ class Config:
     images: int = choice(128, (64, 128, 256, 512), search=(128,), doc="training images to calibrate on")
     kernel: str = choice("dequantise", ("dequantise", "packed"), search=("dequantise",), doc="how it is multiplied")
     skip_head: bool = choice(False, (False, True), search=(False,), doc="leave the classifier heads unquantised")
+    embeddings: bool = choice(
+        True, (True, False), search=(True,), doc="pack a text encoder's word embeddings as well, rounded to nearest"
+    )
 
     def storage(self) -> weight_only.Config:
         """The format of the file."""
@@ -214,13 +218,17 @@ def round_(layer: Int8Linear, weight: Tensor, moment: Tensor, act_order: bool) -
 
 
 def _stages(names: list[str]) -> list[list[str]]:
-    """Splits the layers into those of each block, in order, and then the rest."""
-    blocks: dict[str, list[str]] = {}
+    """Splits the layers, which stand in the order in which they run, into those of each block and those between blocks."""
+    stages: list[list[str]] = []
+    last = None
     for name in names:
         parts = name.split(".")
-        blocks.setdefault(parts[1] if parts[0] == "blocks" else "after", []).append(name)
-    after = blocks.pop("after", [])
-    return [*blocks.values(), *([after] if after else [])]
+        block = next((parts[: i + 1] for i, part in enumerate(parts) if part.isdigit()), [])
+        if block != last:
+            stages.append([])
+        stages[-1].append(name)
+        last = block
+    return stages
 
 
 @torch.no_grad()
@@ -249,9 +257,11 @@ def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
             linear.weight.copy_(layer.dequantised(torch.float32))
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    kept = {"bits": config.bits, "group_size": config.group_size, "kernel": config.kernel}
+    kept: dict[str, Any] = {"bits": config.bits, "group_size": config.group_size, "kernel": config.kernel}
     names = list(found)
-    return Applied(model, {**kept, "granularity": config.granularity, "linears": names}, names)
+    tables = pack_embeddings(model, weight_only.empty_table(storage)) if config.embeddings else []
+    kept |= {"granularity": config.granularity, "linears": names, **weight_only.packed(tables)}
+    return Applied(model, kept, names + tables)
 
 
 def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
@@ -279,5 +289,6 @@ TECHNIQUE = Technique(
     rebuild=rebuild,
     check=check,
     simulated=simulated,
+    models=("timm", "vilt", "meter"),
     source="GPTQ, arXiv 2210.17323, section 3",
 )

@@ -2,42 +2,33 @@
 
 Source: Esser et al., Learned Step Size Quantization, arXiv 1902.08153, sections 2.1 (gradient of the step) and 2.2 (its scale).
 Differs from the paper: activations of a ViT are signed, so their levels are, too. Weights are trained from the trained model, in the
-recipe's recovery training; the classifier heads have 8 bits, as in the paper, or are left alone, and the patch embedding, a
-convolution, stays in floating point. A step learns at a rate in proportion to its first value, since Adam, unlike SGD, does not
-heed the gradient's scale.
-Costs: two roundings a layer in training. Saves: the file, 32/bits of the linear layers' weights. With 8 bits for weights and
-activations integer kernels run afterwards; other widths have none, save no time and are marked as simulated.
+recipe's recovery training; the classifier heads have 8 bits, as in the paper, or are left alone. A step learns at a rate in
+proportion to its first value, since Adam, unlike SGD, does not heed the gradient's scale. What it costs and saves, and which layers
+it takes: :mod:`quantised_training`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from workers.techniques import fake_quantise
+from workers.techniques import quantised_training
 from workers.techniques.fake_quantise import EPS, FakeQuantised, Seen
-from workers.techniques.record import Applied, Surroundings, Technique, choice, number
+from workers.techniques.record import number
 
 STEP_LR = 0.01
 """Peak learning rate of a step as a share of its first value. Ours: with Adam it can double in a hundred training steps."""
 
 
 @dataclass(frozen=True)
-class Config:
-    """Bits of weights and of activations."""
+class Config(quantised_training.Config):
+    """Bits of weights and of activations; fewer by default than where scales are not learned."""
 
     weight_bits: int = number(4, 2, 8, 1, search=(3, 8, 1), doc="bits a weight")
-    activation_bits: int = choice(
-        8, (8, 7, 6, 5, 4, 3, 2, 0), search=(8,), doc="bits of a number that comes into a layer; 0: floating point"
-    )
-    last_layer: str = choice(
-        "int8", ("int8", "float", "same"), search=("int8",), doc="the classifier heads: 8 bits, untouched, or as all"
-    )
 
 
 def first_step(mean: float, high: int) -> float:
@@ -95,17 +86,7 @@ def _step(step: Tensor, count: int, high: int) -> Tensor:
     return scale_gradient(step, 1 / math.sqrt(count * high)).abs().clamp_min(EPS)
 
 
-def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
-    layers = fake_quantise.chosen_layers(model, config.weight_bits, config.activation_bits, config.last_layer)
-    resolved = fake_quantise.convert(model, layers, LearnedSteps, surroundings)
-    return Applied(model, resolved, resolved["linears"])
-
-
-def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
-    return fake_quantise.rebuild(model, resolved, LearnedSteps, scale_ndim=0)
-
-
-def _groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+def _groups(model: nn.Module, config: quantised_training.Config) -> list[dict[str, Any]]:
     steps = [
         step
         for part in model.modules()
@@ -116,21 +97,11 @@ def _groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     return [{"params": [step], "lr": STEP_LR * float(step.detach().abs()), "weight_decay": 0.0} for step in steps]
 
 
-def _finalise(model: nn.Module, config: Config) -> dict[str, Any]:
-    return fake_quantise.store(model)
-
-
-TECHNIQUE = Technique(
-    name="lsq",
-    family="quantisation",
-    version=1,
-    Config=Config,
-    stage="surgery",
-    apply=_apply,
-    rebuild=_rebuild,
-    trains=lambda config: True,
+TECHNIQUE = quantised_training.technique(
+    "lsq",
+    Config,
+    LearnedSteps,
+    scale_ndim=0,
     parameter_groups=_groups,
-    finalise=_finalise,
-    simulated=fake_quantise.simulated,
     source="Esser et al. 2020, arXiv 1902.08153, section 2",
 )

@@ -8,6 +8,8 @@ The index selection is our own and not Torch-Pruning's: the groups of a ViT are 
 qkv and its columns of proj), so no graph has to be traced, blocks that other techniques replaced do not matter, and the
 counts alone build the structure again on the meta device.
 Saves parameters, bytes, MACs and time; needs the recovery training (accuracy before it says nothing about after it).
+On a vision-language model it prunes the layers that see both modalities, ViLT's all and METER's fusion layers; the softmax keeps its
+scale there, and embed_ratio is 0. METER's encoders stay: a recipe can make them small with a quantiser.
 Not covered: norms over heads or MLP dimensions (timm's scale_attn_norm, scale_mlp_norm), gated MLPs; head dimensions of
 models that normalise queries and keys; channels of models that pool by attention.
 """
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from workers.techniques import joint_slicing
 from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, choice, number
 from workers.techniques.slicing import (
     HEADS_NORMALISED,
@@ -41,6 +44,7 @@ from workers.techniques.slicing import (
     require_plain_heads,
     require_plain_stream,
     shrink_to,
+    stack_weights,
 )
 
 
@@ -87,20 +91,22 @@ def _after(info: ModelInfo, config: Config) -> ModelInfo:
 
 
 def _weights(info: ModelInfo) -> int:
-    """Returns the weights of a plain ViT of these dimensions; what else one has (LayerScale, q/k norms) is left out."""
-    C = info.embed_dim
-    total = 0
-    for heads, hidden in zip(info.num_heads, info.mlp_hidden, strict=True):
-        # qkv, proj, fc1 and fc2 with their biases, and two norms.
-        total += heads * info.head_dim * (4 * C + 3) + C + hidden * (2 * C + 1) + C + 4 * C
+    """Returns the weights of a plain ViT of these dimensions; of another model they differ by a constant."""
     positions = info.num_tokens + info.num_prefix_tokens
     heads_of_classes = info.num_classes * (1 + info.has_distil_token)
-    return total + C * (info.patch_size**2 * info.in_chans + 1 + positions + 2 + heads_of_classes)
+    return stack_weights(info) + info.embed_dim * (
+        info.patch_size**2 * info.in_chans + 1 + positions + 2 + heads_of_classes
+    )
 
 
 def _check(info: ModelInfo, config: Config) -> str | None:
     if config.head_dim_ratio and info.has_qk_norm:
         return f"head_dim_ratio={config.head_dim_ratio:g}: {HEADS_NORMALISED}; must be 0"
+    if config.embed_ratio and info.family != "timm":
+        return (
+            f"embed_ratio={config.embed_ratio:g}: the channels of {info.family} are read by its embeddings, encoders and "
+            "poolers, which are not pruned; must be 0"
+        )
     after = _after(info, config)
     if astuple(replace(after, params=0)) == astuple(replace(info, params=0)):
         ratios = ", ".join(f"{name}={value:g}" for name, value in vars(config).items() if name != "round_to")
@@ -133,7 +139,31 @@ def _prune_block(block: Any, config: Config) -> list[str]:
     return changed
 
 
+def _prune_joint(model: nn.Module, config: Config) -> Applied:
+    """Prunes the layers of a vision-language model that see both modalities."""
+    parts: Any = model
+    changed = []
+    strengths = torch.tensor([joint_slicing.layer_magnitude(layer) for layer in parts.layers])
+    kept: list[int] = largest(strengths, kept_whole(len(strengths), config.depth_ratio)).tolist()
+    if len(kept) < len(strengths):
+        joint_slicing.keep_layers(model, kept)
+        changed.append("layers")
+    for i, layer in enumerate(parts.layers):
+        for name, block in joint_slicing.attentions(layer):
+            heads = kept_whole(block.attention.num_heads, config.head_ratio)
+            dims = kept_dims(block.attention.head_dim, config.head_dim_ratio, config.round_to)
+            if joint_slicing.cut_attention(block, heads, dims):
+                changed.append(f"layers.{i}.{name}")
+        for name, block in joint_slicing.mlps(layer):
+            hidden = kept_dims(block.intermediate.dense.out_features, config.mlp_ratio, config.round_to)
+            if joint_slicing.cut_mlp(block, hidden):
+                changed.append(".".join(filter(None, ("layers", str(i), name, "intermediate"))))
+    return Applied(model, {"layers": kept, **joint_slicing.dimensions(model)}, changed)
+
+
 def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+    if joint_slicing.joint_family(model):
+        return _prune_joint(model, config)
     require_plain(model, "magnitude_prune")
     if config.head_dim_ratio:
         require_plain_heads(model, "magnitude_prune")
@@ -158,7 +188,7 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
 
 
 def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
-    return shrink_to(model, resolved)
+    return joint_slicing.shrink_to(model, resolved) if "layers" in resolved else shrink_to(model, resolved)
 
 
 def _trains(config: Config) -> bool:
@@ -177,5 +207,6 @@ TECHNIQUE = Technique(
     identity={"head_ratio": 0.0, "mlp_ratio": 0.0},
     trains=_trains,
     info_after=_after,
+    models=("timm", "vilt", "meter"),
     source="DepGraph, arXiv 2301.12900, section 3.3; magnitudes after arXiv 1506.02626",
 )

@@ -1,5 +1,8 @@
 """Changing what a block's norms give out without changing what the block computes: the linear layers behind them take it back.
 
+Pre-norm blocks only: those of timm, of ViLT, and of METER's image encoder. METER's text encoder and fusion layers normalise after
+each residual, so the residual stream reads their norms as well and nothing can take a factor back there.
+
 With factors r and shifts d a channel, the norm gives x' = (x + d) / r instead of x, and W x + b = (W diag(r)) x' + (b - W d).
 """
 
@@ -23,16 +26,35 @@ class Pair:
     readers: tuple[str, ...]
 
 
+READERS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("norm1", ("attn.qkv", "attn.gate")),
+    ("norm2", ("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x")),
+    ("layernorm_before", ("attention.attention.query", "attention.attention.key", "attention.attention.value")),
+    ("layernorm_after", ("intermediate.dense",)),
+    ("layer_norm1", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ("layer_norm2", ("mlp.fc1",)),
+)
+"""Norms of a pre-norm block and what reads them, as timm, ViLT and CLIP name them."""
+
+
 def pairs(model: nn.Module) -> list[Pair]:
-    """Returns the two norms of every block with what reads them: query, key, value and gate; the first layer of the MLP."""
-    vit: Any = model
+    """Returns the norms of every pre-norm block with the linear layers that read them: of the attention, and the MLP's first."""
     found = []
-    for name, block in vit.blocks.named_children():
-        attention = tuple(part for part in ("qkv", "gate") if isinstance(getattr(block.attn, part), nn.Linear))
-        mlp = tuple(part for part in ("fc1", "fc1_g", "fc1_x") if isinstance(getattr(block.mlp, part, None), nn.Linear))
-        for norm, owner, readers in (("norm1", "attn", attention), ("norm2", "mlp", mlp)):
-            if readers and getattr(getattr(block, norm), "weight", None) is not None:
-                found.append(Pair(f"blocks.{name}.{norm}", tuple(f"blocks.{name}.{owner}.{r}" for r in readers)))
+    for owner, block in model.named_modules():
+        for norm, readers in READERS:
+            if getattr(getattr(block, norm, None), "weight", None) is None:
+                continue
+            linear = tuple(f"{owner}.{reader}" for reader in readers if isinstance(_part(block, reader), nn.Linear))
+            if linear:
+                found.append(Pair(f"{owner}.{norm}", linear))
+    return found
+
+
+def _part(module: nn.Module, path: str) -> Any:
+    """Returns the module at ``path`` below ``module``, None where there is none."""
+    found: Any = module
+    for name in path.split("."):
+        found = getattr(found, name, None)
     return found
 
 

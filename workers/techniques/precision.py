@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workers.inputs import Inputs
 from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, choice
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,11 +45,12 @@ def check(info: ModelInfo, config: Config) -> str | None:
 
 @cache
 def _cpu_lacks(dtype: str) -> str | None:
-    """Runs every kind of kernel that a ViT needs once, on a few numbers; returns what fails, or None."""
+    """Runs every kind of kernel that the models need once, on a few numbers; returns what fails, or None."""
     x = torch.ones(1, 1, 4, 4, dtype=DTYPES[dtype])
     try:
         y = F.conv2d(x, x).flatten(2)
         y = F.gelu(F.layer_norm(F.linear(F.scaled_dot_product_attention(x, x, x)[0], x[0, 0]), (4,)) + y)
+        y = (y + F.embedding(torch.zeros(1, dtype=torch.long), x[0, 0])).tanh() * y.sigmoid()
         finite = bool(y.softmax(-1).isfinite().all())
     except RuntimeError as error:
         return f"this PyTorch has no {dtype} CPU kernel: {str(error).splitlines()[0]}"
@@ -56,7 +58,7 @@ def _cpu_lacks(dtype: str) -> str | None:
 
 
 def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
-    """Converts the parameters in place; images and logits stay float32 outside the model."""
+    """Converts the parameters in place; inputs and logits stay float32 outside the model."""
     changed = [name for name, p in model.named_parameters() if p.is_floating_point()]
     return Applied(_convert(model, config.dtype), {"dtype": config.dtype}, changed)
 
@@ -71,13 +73,22 @@ def _convert(model: nn.Module, dtype: str) -> nn.Module:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(target)
-    model.register_forward_pre_hook(partial(_images_to, target))
+    model.register_forward_pre_hook(partial(_inputs_to, target))
     model.register_forward_hook(_logits_to_float)
     return model
 
 
-def _images_to(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+def _inputs_to(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(_converted(a, dtype) for a in args)
+
+
+def _converted(value: Any, dtype: torch.dtype) -> Any:
+    """Converts what is floating-point: of a batch of several tensors the pixels, not the tokens."""
+    if isinstance(value, Inputs):
+        return value.to(dtype)
+    if isinstance(value, Mapping):
+        return {name: _converted(part, dtype) for name, part in value.items()}
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _logits_to_float(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -95,5 +106,6 @@ TECHNIQUE = Technique(
     apply=apply_,
     rebuild=rebuild,
     check=check,
+    models=("timm", "vilt", "meter"),
     source="Micikevicius et al. 2018, arXiv 1710.03740, section 3",
 )

@@ -4,39 +4,19 @@ Source: Jacob et al., arXiv 1712.05877, section 3 (simulated quantisation; movin
 straight-through gradients: Bengio et al., arXiv 1308.3432.
 Differs from the paper: weights are symmetric around zero with one scale a row; activation ranges start from a batch of training
 images instead of being off at first; nothing is folded, as ViTs have no batch normalisation; biases stay in floating point.
-The classifier heads have 8 bits or are left alone, the patch embedding, a convolution, stays in floating point.
-Costs: two roundings a layer in training. Saves: the file, 32/bits of the linear layers' weights. With 8 bits for weights and
-activations integer kernels run afterwards; other widths have none, save no time and are marked as simulated.
+What it costs and saves, and which layers it takes: :mod:`quantised_training`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from workers.techniques import fake_quantise
 from workers.techniques.fake_quantise import EPS, FakeQuantised, Seen
-from workers.techniques.record import Applied, Surroundings, Technique, choice, number
+from workers.techniques.quantised_training import Config, technique
 
 MOMENTUM = 0.01
 """Share of a training step's range in the moving average. Ours; the paper asks for a smoothing close to 1."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """Bits of weights and of activations."""
-
-    weight_bits: int = number(8, 2, 8, 1, search=(3, 8, 1), doc="bits a weight")
-    activation_bits: int = choice(
-        8, (8, 7, 6, 5, 4, 3, 2, 0), search=(8,), doc="bits of a number that comes into a layer; 0: floating point"
-    )
-    last_layer: str = choice(
-        "int8", ("int8", "float", "same"), search=("int8",), doc="the classifier heads: 8 bits, untouched, or as all"
-    )
 
 
 class ObservedRanges(FakeQuantised):
@@ -87,30 +67,10 @@ def grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return scale, (low / scale).round()
 
 
-def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
-    layers = fake_quantise.chosen_layers(model, config.weight_bits, config.activation_bits, config.last_layer)
-    resolved = fake_quantise.convert(model, layers, ObservedRanges, surroundings)
-    return Applied(model, resolved, resolved["linears"])
-
-
-def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
-    return fake_quantise.rebuild(model, resolved, ObservedRanges, scale_ndim=2)
-
-
-def _finalise(model: nn.Module, config: Config) -> dict[str, Any]:
-    return fake_quantise.store(model)
-
-
-TECHNIQUE = Technique(
-    name="qat",
-    family="quantisation",
-    version=1,
-    Config=Config,
-    stage="surgery",
-    apply=_apply,
-    rebuild=_rebuild,
-    trains=lambda config: True,
-    finalise=_finalise,
-    simulated=fake_quantise.simulated,
+TECHNIQUE = technique(
+    "qat",
+    Config,
+    ObservedRanges,
+    scale_ndim=2,
     source="Jacob et al. 2018, arXiv 1712.05877, section 3; Bengio et al. 2013, arXiv 1308.3432",
 )

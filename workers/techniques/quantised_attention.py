@@ -6,6 +6,7 @@ are rounded as an integer kernel would, and the products are floating. Shapes: B
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,14 +19,14 @@ from workers.techniques.calibration import asymmetric
 ATTENTION_CHILDREN = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
 
 
-class RangeQuantiser(nn.Module):
+class RangeQuantiser(nn.Module, ABC):
     """A quantiser whose scale comes from the range of what it gets."""
 
     calibrating = False
 
+    @abstractmethod
     def fix(self, low: float, high: float) -> None:
         """Takes the range that calibration found and starts to quantise."""
-        raise NotImplementedError
 
 
 class UniformQuantiser(RangeQuantiser):

@@ -3,7 +3,8 @@
 Source: Touvron et al., Fixing the train-test resolution discrepancy, arXiv 1906.06423 (the setting); position embeddings
 after Dosovitskiy et al., arXiv 2010.11929, section 3.2, resampled by timm's ``resample_abs_pos_embed`` (bicubic).
 Differs from the paper: the model takes the same images as before and makes them smaller inside (bilinear with
-antialiasing), so that data, measurements and exports are those of the uncompressed model.
+antialiasing), so that data, measurements and exports are those of the uncompressed model. ViLT and METER likewise: see
+:mod:`workers.techniques.resolution_joint`.
 Saves MACs, time and activation memory with the square of the side, and the bytes of the position embeddings. Gains from
 the recovery training, and asks for it.
 Not covered: models that take images of any size (timm's dynamic_img_size gets the smaller ones too).
@@ -71,6 +72,8 @@ def _check(info: ModelInfo, config: Config) -> str | None:
 
 
 def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+    if getattr(model, "family", "timm") != "timm":
+        return _apply_joint(model, config)
     vit: Any = model  # timm is not typed
     embed = vit.patch_embed
     size = [smaller(s, p, config.ratio) for s, p in zip(embed.img_size, embed.patch_size, strict=True)]
@@ -79,7 +82,19 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     return Applied(_rebuild(model, resolved), resolved, changed)
 
 
+def _apply_joint(model: nn.Module, config: Config) -> Applied:
+    shape: Any = model.shape
+    side = smaller(shape.img_size, shape.patch_size, config.ratio)
+    resolved = {"image_size": [side, side]}
+    changed = ["position_embeddings"] if side != shape.img_size else []
+    return Applied(_rebuild(model, resolved), resolved, changed)
+
+
 def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
+    if getattr(model, "family", "timm") != "timm":
+        from workers.techniques import resolution_joint  # imports nothing that image models need
+
+        return resolution_joint.rebuild(model, resolved["image_size"][0])
     vit: Any = model
     size = tuple(resolved["image_size"])
     if size != tuple(vit.patch_embed.img_size):
@@ -105,5 +120,6 @@ TECHNIQUE = Technique(
     identity={"ratio": 1.0},
     trains=_trains,
     info_after=_after,
+    models=("timm", "vilt", "meter"),
     source="arXiv 1906.06423; position embeddings arXiv 2010.11929, section 3.2",
 )

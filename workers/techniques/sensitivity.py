@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.affine import NotQuantisable, linears
+from workers.inputs import Inputs
 from workers.techniques.record import Surroundings
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
@@ -71,12 +72,12 @@ def measure(model: nn.Module, batches: Batches, rounding: Round, tick: Callable[
     """Returns the sensitivity of every linear layer at every width; the model is left as it was.
 
     Args:
-        batches: the first :data:`IMAGES` images are taken.
+        batches: the first :data:`IMAGES` examples are taken.
     """
-    images = _first(batches)
+    examples = _first(batches)
     training = model.training
     model.eval()
-    expected = _log_probabilities(model, images)
+    expected = _log_probabilities(model, examples)
     table: Table = {}
     try:
         for name, linear in linears(model, skip_head=False).items():
@@ -86,7 +87,7 @@ def measure(model: nn.Module, batches: Batches, rounding: Round, tick: Callable[
                 tick()
                 try:
                     linear.weight.data = rounding(whole, bits).to(whole.dtype)
-                    found = _log_probabilities(model, images)
+                    found = _log_probabilities(model, examples)
                 finally:
                     linear.weight.data = whole
                 divergence = (expected.exp() * (expected - found)).sum(dim=1).mean()
@@ -100,20 +101,22 @@ def measure(model: nn.Module, batches: Batches, rounding: Round, tick: Callable[
     return table
 
 
-def _first(batches: Batches) -> Tensor:
-    """Returns the first images (at most IMAGES, C, H, W)."""
-    taken: list[Tensor] = []
-    for images, _ in batches():
-        taken.append(images[: IMAGES - sum(map(len, taken))])
+def _first(batches: Batches) -> list[Tensor | Inputs]:
+    """Returns the first batches, at most IMAGES examples."""
+    taken: list[Tensor | Inputs] = []
+    for examples, _ in batches():
+        taken.append(examples[: IMAGES - sum(map(len, taken))])
         if sum(map(len, taken)) >= IMAGES:
             break
-    return torch.cat(taken)
+    return taken
 
 
-def _log_probabilities(model: nn.Module, images: Tensor) -> Tensor:
-    """Returns (B, classes) float64."""
-    logits: Tensor = model(images)
-    return logits.double().log_softmax(dim=1)
+def _log_probabilities(model: nn.Module, examples: Sequence[Tensor | Inputs]) -> Tensor:
+    """Returns (B, classes) float64; of a single score, as retrieval has for a pair, that it is one and that it is none."""
+    logits = torch.cat([model(batch) for batch in examples]).double()
+    if logits.shape[1] == 1:
+        logits = torch.cat([logits, torch.zeros_like(logits)], dim=1)
+    return logits.log_softmax(dim=1)
 
 
 # --- allocation -------------------------------------------------------------------------------------------------------

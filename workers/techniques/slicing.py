@@ -13,6 +13,8 @@ import torch
 from timm.layers import Attention, LayerScale, Mlp
 from torch import Tensor, nn
 
+from workers.techniques.record import ModelInfo
+
 HEADS_NORMALISED = "queries and keys are normalised over the dimensions of a head, none of which can be removed"
 
 
@@ -97,6 +99,21 @@ def shrink_to(model: nn.Module, counts: Mapping[str, Any]) -> nn.Module:
     if counts["channels"] < vit.embed_dim:
         keep_channels(vit, torch.arange(counts["channels"], device=device))
     return model
+
+
+PARTS = {"timm": (1, 1), "vilt": (1, 1), "meter": (4, 2)}
+"""Attentions and MLPs of a layer by model family; each has a norm. METER's fusion layers have two streams."""
+
+
+def stack_weights(info: ModelInfo) -> int:
+    """Returns the weights of all plain layers of these dimensions; what else one has (LayerScale, q/k norms) is left out."""
+    C, (attentions, mlps) = info.embed_dim, PARTS[info.family]
+    total = 0
+    for heads, hidden in zip(info.num_heads, info.mlp_hidden, strict=True):
+        # Queries, keys, values and projection; both layers of an MLP; biases; a norm each.
+        total += attentions * (heads * info.head_dim * (4 * C + 3) + C + 2 * C)
+        total += mlps * (hidden * (2 * C + 1) + C + 2 * C)
+    return total
 
 
 # --- magnitudes -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,9 @@ LayerNorm before (equations 3 and 4); activations a scale a token (its O1) or on
 Differs from the paper: for vision transformers, where the norms of a block are followed by query, key, value (and gate), and by the
 first layer of the MLP; products inside the attention stay floating.
 
+On vision-language models: all layers of ViLT; of METER the image encoder, the rest being quantised without smoothing, because norms
+behind a residual feed the residual as well.
+
 Exact before quantisation, apart from the rounding of the folded weights. Costs: one or two passes over the calibration images. Saves:
 what ``static_int8`` saves, through the same kernel; ``simulated`` only where that is.
 """
@@ -22,8 +25,10 @@ from workers.affine import linears
 from workers.techniques.calibration import ChannelRange, watch
 from workers.techniques.integer_linear import INPUTS, IntegerLinear, no_kernel
 from workers.techniques.norm_folding import fold_, pairs, reader_peaks
+from workers.techniques.packed_embeddings import pack_embeddings, rebuild_embeddings
 from workers.techniques.record import Applied, Surroundings, Technique, choice, number
 from workers.techniques.static_int8 import quantise_linears
+from workers.techniques.weight_only import int8_table, packed
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,9 @@ class Config:
     activations: str = choice("token", INPUTS, doc="a scale a token as it comes, or one calibrated scale a layer")
     images: int = choice(256, (64, 128, 256, 512, 1024), search=(256,), doc="training images to calibrate on")
     skip_head: bool = choice(False, (False, True), search=(False,), doc="leave the classifier heads unquantised")
+    embeddings: bool = choice(
+        True, (True, False), search=(True,), doc="pack a text encoder's word embeddings as well, 8 bits a row"
+    )
 
 
 def migration(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:
@@ -76,13 +84,16 @@ def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
         names = list(found)
         for name in names:
             model.set_submodule(name, IntegerLinear.of(found[name]))
-    return Applied(model, {"activations": config.activations, "linears": names}, [*norms, *names])
+    tables = pack_embeddings(model, int8_table) if config.embeddings else []
+    resolved = {"activations": config.activations, "linears": names, **packed(tables)}
+    return Applied(model, resolved, [*norms, *names, *tables])
 
 
 def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     """Replaces the same layers of a skeleton by layers without values."""
     for name in resolved["linears"]:
         model.set_submodule(name, IntegerLinear.like(model.get_submodule(name), resolved["activations"]))
+    rebuild_embeddings(model, resolved.get("embeddings", ()), int8_table)
     return model
 
 
@@ -95,5 +106,6 @@ TECHNIQUE = Technique(
     apply=apply_,
     rebuild=rebuild,
     simulated=no_kernel,
+    models=("timm", "vilt", "meter"),
     source="SmoothQuant, arXiv 2211.10438, section 4",
 )

@@ -23,7 +23,9 @@ from torch import nn
 from workers.affine import linears
 from workers.techniques.calibration import TensorRange, asymmetric, watch
 from workers.techniques.integer_linear import IntegerLinear, no_kernel
+from workers.techniques.packed_embeddings import pack_embeddings, rebuild_embeddings
 from workers.techniques.record import Applied, Surroundings, Technique, choice
+from workers.techniques.weight_only import int8_table, packed
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class Config:
     )
     images: int = choice(256, (64, 128, 256, 512, 1024), search=(256,), doc="training images to calibrate on")
     skip_head: bool = choice(False, (False, True), search=(False,), doc="leave the classifier heads unquantised")
+    embeddings: bool = choice(
+        True, (True, False), search=(True,), doc="pack a text encoder's word embeddings as well, 8 bits a row"
+    )
 
 
 def quantise_linears(
@@ -64,13 +69,15 @@ def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     names = quantise_linears(
         model, surroundings, percentile=percentile, images=config.images, skip_head=config.skip_head
     )
-    return Applied(model, {"linears": names}, names)
+    tables = pack_embeddings(model, int8_table) if config.embeddings else []
+    return Applied(model, {"linears": names, **packed(tables)}, names + tables)
 
 
 def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     """Replaces the same layers of a skeleton by layers without values."""
     for name in resolved["linears"]:
         model.set_submodule(name, IntegerLinear.like(model.get_submodule(name), "static"))
+    rebuild_embeddings(model, resolved.get("embeddings", ()), int8_table)
     return model
 
 
@@ -83,5 +90,6 @@ TECHNIQUE = Technique(
     apply=apply_,
     rebuild=rebuild,
     simulated=no_kernel,
+    models=("timm", "vilt", "meter"),
     source="Jacob et al. 2018, arXiv 1712.05877, section 2; Wu et al. 2020, arXiv 2004.09602",
 )

@@ -77,6 +77,16 @@ def start_anew(model: nn.Module, generator: torch.Generator, spread: float | Non
     vit.to(device)
 
 
+def anew(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """Returns a vision-language model of the same shape with weights of its own, drawn as its family draws them."""
+    parts: Any = model
+    seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+    with torch.random.fork_rng(devices=[]):  # modules draw from the global generator
+        torch.manual_seed(seed)
+        made: nn.Module = type(parts)(parts.shape)
+    return made.to(next(model.parameters()).device).train(model.training)
+
+
 def named(name: str, classes: int, channels: int, side: int, *, device: str, pretrained: bool = False) -> nn.Module:
     """Builds a ViT of timm by name for the data: (B, channels, side, side) -> (B, classes).
 

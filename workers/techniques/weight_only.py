@@ -1,4 +1,5 @@
-"""Weight-only quantisation: linear layers hold weights of 2 to 8 bits, bit-packed; activations stay.
+"""Weight-only quantisation: linear layers, and a text encoder's word embeddings, hold weights of 2 to 8 bits, bit-packed; activations
+stay. A lookup unpacks the rows of the embeddings that it reads.
 
 Source: the round-to-nearest baseline of Frantar et al., GPTQ, arXiv 2210.17323, section 4 (group-wise: "Additional
 Tricks"); the 4-bit form in groups is torchao's tinygemm one. Widths that differ by layer are chosen as in Cai et al., ZeroQ,
@@ -12,9 +13,9 @@ minimum to maximum: for each group of a row bfloat16 scale and zero, the last gr
 Two kernels, same stored file:
 - ``dequantise``: each call unpacks one layer's weights into the activation's type (float32 unless ``precision`` came
   before or after) and runs the ordinary matrix product. Every shape, every device.
-- ``packed``: PyTorch's ``_weight_int8pack_mm`` and ``_weight_int4pack_mm_for_cpu``: bfloat16 factors, float32 sums, no
-  layer's weights ever unpacked. CPU only, 8 bits a row and 4 bits in groups. Shapes that they cannot take are padded with
-  zeros in the kernel's own copy.
+- ``packed``: PyTorch's own products, of bfloat16 factors, with float32 sums, no layer's weights ever unpacked: 4 bits in
+  groups on CPU and CUDA (int4_kernels), 8 bits a row (``_weight_int8pack_mm``) on the CPU. Shapes that they cannot take are
+  padded with zeros in the kernel's own copy.
 
 Costs: rounding of the weights. Saves: file and resident memory, about 3.8x at 8 bits and 6x at 4. It saves no time:
 with hundreds of tokens a call is bound by arithmetic. Measured on one AVX-512 core, layer of 384 to 1536, ms
@@ -25,7 +26,7 @@ have kernels is that of the artefact as it ships; formats without one are marked
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,12 +34,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.affine import KernelLinear, grouped_affine, linears, pack_bits, packed_bytes, symmetric_int8, unpack_bits
+from workers import int4_kernels
+from workers.affine import grouped_affine, linears, pack_bits, packed_bytes, symmetric_int8, unpack_bits
 from workers.techniques import sensitivity
+from workers.techniques.packed_embeddings import Table, pack_embeddings, rebuild_embeddings
 from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, choice, number
 
 _INT8_IN_MULTIPLE = 16  # for other in-features _weight_int8pack_mm in bfloat16 returned garbage or crashed (torch 2.15)
-_INT4_OUT_MULTIPLE = 16  # _convert_weight_to_int4pack_for_cpu refuses other out-features
 
 
 WIDTHS = (8, 7, 6, 5, 4, 3, 2)
@@ -63,6 +65,10 @@ class Config:
         4.0, 2.5, 8.0, 0.5, search=(4.0, 4.0, 0.5), doc="bits a weight on average, scales not counted; for mixed"
     )
 
+    embeddings: bool = choice(
+        True, (True, False), search=(True,), doc="pack a text encoder's word embeddings as well; 8 bits for mixed"
+    )
+
     def grouped(self, bits: int) -> bool:
         """Whether layers of this width have scales for groups of a row, not for whole rows."""
         return self.granularity == "group" or (self.granularity == "auto" and bits != 8)
@@ -72,7 +78,7 @@ class Config:
         return self.grouped(bits) if bits == 4 else bits == 8 and not self.grouped(bits)
 
 
-class Int8Linear(KernelLinear):
+class Int8Linear(Table):
     """x W^T + b: ``weight`` (O, I) int8, ``scale`` (O,) float32, ``bias`` (O,) or None."""
 
     weight: Tensor
@@ -88,12 +94,11 @@ class Int8Linear(KernelLinear):
         self.register_buffer("bias", torch.empty(out_features, device="meta") if bias else None)
 
     def quantise_(self, weight: Tensor) -> None:
-        """Takes the values of ``weight`` (O, I)."""
         self.weight, self.scale = symmetric_int8(weight, per_channel=True)
 
-    def dequantised(self, dtype: torch.dtype) -> Tensor:
-        """Returns the weight (O, I) in ``dtype``."""
-        return self.weight.to(dtype).mul_(self.scale.to(dtype)[:, None])
+    def dequantised(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+        weight, scale = (part if rows is None else part[rows] for part in (self.weight, self.scale))
+        return weight.to(dtype).mul_(scale.to(dtype)[:, None])
 
     def pack_for_kernel(self) -> tuple[Tensor, Tensor]:
         """Returns the weight (O, I padded), which is the stored one where nothing is to pad, and the scale."""
@@ -141,34 +146,30 @@ class GroupedLinear(Int8Linear):
         q, self.scale, self.zero = grouped_affine(weight, self.bits, self.group_size, self.scale.dtype)
         self.weight = pack_bits(q, self.bits)
 
-    def dequantised(self, dtype: torch.dtype) -> Tensor:
-        scale = self.scale.float()
-        start = (self.zero.float() - 2 ** (self.bits - 1) * scale).to(dtype)
-        q = unpack_bits(self.weight, self.bits, self.in_features).to(dtype)
+    def dequantised(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+        weight, scale, zero = (part if rows is None else part[rows] for part in (self.weight, self.scale, self.zero))
+        scale = scale.float()
+        start = (zero.float() - 2 ** (self.bits - 1) * scale).to(dtype)
+        q = unpack_bits(weight, self.bits, self.in_features).to(dtype)
         padding = -self.in_features % self.group_size
-        groups = F.pad(q, (0, padding)).view(self.out_features, -1, self.group_size)
+        groups = F.pad(q, (0, padding)).view(len(weight), -1, self.group_size)
         groups = groups.mul_(scale.to(dtype)[..., None]).add_(start[..., None])
-        return groups.reshape(self.out_features, -1)[:, : self.in_features]
+        return groups.reshape(len(weight), -1)[:, : self.in_features]
 
     def pack_for_kernel(self) -> Any:
-        """Returns the kernel's weight layout, and scale and zero as (G, O, 2); O and I padded."""
-        below = -self.out_features % _INT4_OUT_MULTIPLE
-        q = F.pad(unpack_bits(self.weight, 4, self.in_features), (0, -self.in_features % self.group_size, 0, below))
-        pairs = F.pad(torch.stack((self.scale, self.zero), 2), (0, 0, 0, 0, 0, below))
-        kernel_weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
-        return kernel_weight, pairs.transpose(0, 1).contiguous()
+        """Returns what the device's kernel takes."""
+        return int4_kernels.pack(self.weight, self.scale, self.zero, self.in_features, self.group_size)
 
     def packed_product(self, rows: Tensor) -> Tensor:
-        weight, pairs = self.packing
-        padded = F.pad(rows, (0, -self.in_features % self.group_size))
-        product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(padded, weight, self.group_size, pairs)
-        return product[:, : self.out_features]
+        return int4_kernels.product(rows, self.packing)
 
 
 def check(info: ModelInfo, config: Config) -> str | None:
     """Returns why the packed kernel cannot run on this device, or None."""
-    if config.kernel == "packed" and info.device != "cpu":
-        return f"kernel packed runs on CPU only, not on {info.device}; use kernel dequantise"
+    if config.kernel == "packed" and info.device != "cpu" and config.bits != 4:
+        return f"kernel packed of {config.bits} bits runs on CPU only, not on {info.device}; use 4 bits or kernel dequantise"
+    if config.kernel == "packed" and (lacks := int4_kernels.lacking(info.device)):
+        return f"{lacks}; use kernel dequantise"
     if config.kernel == "packed" and isinstance(config.bits, int) and not config.has_kernel(config.bits):
         return (
             f"kernel packed takes 8 bits a row and 4 bits in groups, not {config.bits} bits with granularity "
@@ -191,6 +192,17 @@ def empty_layer(linear: nn.Linear, config: Config, bits: int) -> Int8Linear:
         return Int8Linear(*shape, bias=bias, kernel=kernel)
     group_size = config.group_size if config.grouped(bits) else None
     return GroupedLinear(*shape, bias=bias, kernel=kernel, bits=bits, group_size=group_size)
+
+
+def empty_table(config: Config) -> Callable[[nn.Linear], Table]:
+    """Returns what makes the tables of word embeddings: in the format of the layers, of 8 bits where these have widths of their own."""
+    bits = config.bits if isinstance(config.bits, int) else 8
+    return lambda linear: empty_layer(linear, config, bits)
+
+
+def int8_table(linear: nn.Linear) -> Table:
+    """Returns a table of 8 bits a row without values, for techniques whose layers have 8 bits."""
+    return empty_layer(linear, Config(), 8)
 
 
 def rounded(weight: Tensor, config: Config, bits: int) -> Tensor:
@@ -242,7 +254,13 @@ def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
         kept["granularity"] = config.granularity
     if config.bits == "mixed":
         kept["widths"] = widths
-    return Applied(model, kept, names)
+    tables = pack_embeddings(model, empty_table(config)) if config.embeddings else []
+    return Applied(model, kept | packed(tables), names + tables)
+
+
+def packed(tables: list[str]) -> dict[str, Any]:
+    """Returns what a recipe's step keeps of tables of word embeddings: nothing where there are none."""
+    return {"embeddings": tables} if tables else {}
 
 
 def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
@@ -254,6 +272,7 @@ def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     for name, bits in zip(resolved["linears"], widths, strict=True):
         old: Any = model.get_submodule(name)
         model.set_submodule(name, empty_layer(old, config, bits))
+    rebuild_embeddings(model, resolved.get("embeddings", ()), empty_table(config))
     return model
 
 
@@ -267,5 +286,6 @@ TECHNIQUE = Technique(
     rebuild=rebuild,
     check=check,
     simulated=simulated,
+    models=("timm", "vilt", "meter"),
     source="round-to-nearest baseline of Frantar et al. 2023, arXiv 2210.17323, section 4; mixed: ZeroQ, arXiv 2001.00281",
 )

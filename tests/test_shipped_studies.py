@@ -1,0 +1,105 @@
+"""The studies that ship and their documentation: every recipe feasible and in its space, every key named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import config
+from orchestrator.config import (
+    StudyConfig,
+    load_study,
+)
+from orchestrator.study_tasks import TASKS
+from tests.study_files import minimal
+from workers.protocol import OBJECTIVES
+from workers.tasks import TaskInfo, TextInfo
+
+
+def test_every_shipped_study_loads_and_survives_json() -> None:
+    assert "quick" in config.shipped_studies()
+    for name in config.shipped_studies():
+        study = load_study(name, check_files=False)
+        assert StudyConfig.from_dict(json.loads(json.dumps(study.to_dict()))) == study
+        assert load_study(study.to_dict(), check_files=False) == study
+
+
+def test_quick_searches_every_family_and_starts_from_known_good_recipes() -> None:
+    from workers.techniques import NAMES
+    from workers.techniques.composition import family_of
+
+    study = load_study("quick")
+    assert {family_of(name) for name in study.techniques} == {family_of(name) for name in NAMES}
+    assert len(study.known_good()) >= 5
+    assert study.trials >= 16
+    text = config.shipped_studies()["quick"].read_text()
+    assert "\ntrials: 16\n" in text, "scripts edit this line"
+
+
+SHIPPED_DATA = {
+    "quick": TaskInfo(10, 1, 8, tuple(map(str, range(10)))),
+    "survey_small": TaskInfo(10, 3, 32, tuple(map(str, range(10)))),
+    "survey_cifar10": TaskInfo(10, 3, 224, tuple(map(str, range(10)))),
+    "survey_cifar10_deit_base": TaskInfo(10, 3, 224, tuple(map(str, range(10)))),
+    "survey_cifar10_deit_tiny": TaskInfo(10, 3, 224, tuple(map(str, range(10)))),
+    "survey_cifar100": TaskInfo(100, 3, 224, tuple(map(str, range(100)))),
+    "vlm_quick": TaskInfo(16, 3, 32, tuple(map(str, range(16))), "vqa", TextInfo(31, 8, 0)),
+}
+"""What the data of each shipped study is, most of which is not here."""
+
+TEXTS = {"vilt": TextInfo(30522, 40, 0), "meter": TextInfo(50265, 32, 1)}
+
+CLASSES = {"vqa": 3129, "entailment": 3, "nlvr2": 2, "retrieval": 1}
+
+
+def shipped_data(study: StudyConfig) -> TaskInfo:
+    """What the data of a shipped study is; of those of PuMer's paper, what tokenizers and tasks say."""
+    if study.name in SHIPPED_DATA:
+        return SHIPPED_DATA[study.name]
+    task, side = TASKS[study.data.kind], study.data.image_size or 0
+    names = tuple(map(str, range(CLASSES[task])))
+    return TaskInfo(CLASSES[task], 3, side, names, task, TEXTS[study.model.family])
+
+
+@pytest.mark.parametrize("name", config.shipped_studies())
+def test_every_known_good_recipe_of_a_shipped_study_is_feasible_and_in_its_space(name: str) -> None:
+    from orchestrator.space import SearchSpace
+    from workers import models
+
+    study = load_study(name, check_files=False)
+    section = {"family": study.model.family, "name": study.model.name, "create": study.model.settings()}
+    info = models.model_info(models.build(section, shipped_data(study), device="meta"), study.device)
+    space = SearchSpace(study.techniques, info, max_techniques=study.max_techniques)
+    assert study.known_good()
+    for recipe in study.known_good():
+        assert space.fault(recipe) is None
+        assert space.params_of(recipe)
+
+
+def readme() -> str:
+    return (config.shipped_studies()["quick"].parent / "README.md").read_text()
+
+
+def test_the_example_of_the_readme_is_a_good_study(tmp_path: Path) -> None:
+    (tmp_path / "flowers").mkdir()
+    path = tmp_path / "example.yaml"
+    path.write_text(readme().split("```yaml\n")[1].split("```")[0])
+    study = load_study(path)
+    assert study.data.path == str(tmp_path / "flowers")
+    assert len(study.known_good()) == 2
+
+
+def test_the_readme_names_every_key() -> None:
+    def keys(section: Any) -> list[str]:
+        return list(type(section).model_fields)
+
+    study = load_study(minimal())
+    text = readme()
+    for section in ("model", "data", "sampler"):
+        assert not [key for key in keys(getattr(study, section)) if f"`{key}`" not in text]
+    for section in ("resources", "budget", "measurement"):
+        assert not [key for key in keys(getattr(study, section)) if f"`{section}.{key}`" not in text]
+    assert not [key for key in keys(study.model.create) + keys(study.training.baseline) if f"`{key}`" not in text]
+    assert not [key for key in StudyConfig.model_fields if key not in text]
+    assert not [name for name in OBJECTIVES if f"`{name}`" not in text]

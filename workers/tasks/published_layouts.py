@@ -1,0 +1,202 @@
+"""Vision-language data in the files that its authors published: VQAv2, SNLI-VE, NLVR2, NLVR1, Flickr30k.
+
+Annotations and pictures may lie anywhere below the folder: both are found by their file names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from workers.tasks import TaskError
+from workers.tasks.corpus import CLASSES, NO_CONSENSUS, Collected, Corpus, checked_label, ten_answers
+from workers.tasks.encoded_images import IMAGE_SUFFIXES, folder_digest
+from workers.tasks.image_sources import Content
+
+
+class FilePictures:
+    """Pictures in files below a folder, found by name."""
+
+    channels = 3
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.digest = root, ""
+        self._found: dict[str, Path] = {}
+        for file in sorted(root.rglob("*")):
+            if file.suffix.lower() in IMAGE_SUFFIXES:
+                self._found.setdefault(file.name, file)
+        self._rows: dict[str, int] = {}
+        self.files: list[Path] = []
+        self._shown_by: list[str] = []
+
+    def row(self, name: str, example: str) -> int:
+        """Returns the row of the picture in the file ``name``.
+
+        Raises:
+            TaskError: it is not there.
+        """
+        if name not in self._rows:
+            if name not in self._found:
+                raise TaskError(
+                    f"{example}: its picture {name} must lie below {self.root}; unpack the pictures there, or remove the "
+                    "example"
+                )
+            self._rows[name] = len(self.files)
+            self.files.append(self._found[name])
+            self._shown_by.append(example)
+        return self._rows[name]
+
+    def contents(self, part: str, wanted: NDArray[np.int64]) -> Iterator[tuple[int, Content, str]]:
+        """See :class:`workers.tasks.image_sources.Pictures`."""
+        for position, row in enumerate(wanted.tolist()):
+            yield position, self.files[row], f"{self.files[row]} (picture of {self._shown_by[row]})"
+
+
+def read_published(kind: str, root: Path) -> Corpus:
+    """Reads the data of a task from its published files.
+
+    Raises:
+        TaskError: files are missing, or an example is broken.
+    """
+    if not root.is_dir():
+        raise TaskError(f"{root}: must be a folder with the published files, or a Parquet file")
+    pictures = FilePictures(root)
+    reader = {"vqa": _vqa, "entailment": _snli_ve, "nlvr2": _nlvr, "nlvr1": _nlvr, "retrieval": _captions}[kind]
+    found, annotations = reader(kind, root, pictures)
+    for part, examples in found.items():
+        if not examples.texts:
+            raise TaskError(f"{root}: the {part} part must hold examples, it is empty")
+    pictures.digest = folder_digest(root, sorted({*annotations, *pictures.files}))
+    parts = {part: examples.part() for part, examples in found.items()}
+    return Corpus(kind, CLASSES[kind], pictures.digest, parts, pictures)
+
+
+Read = tuple[dict[str, Collected], list[Path]]
+"""Examples of both parts, and the files of annotations that they were read from."""
+
+
+# --- one layout each --------------------------------------------------------------------------------------------------
+
+
+def _vqa(kind: str, root: Path, pictures: FilePictures) -> Read:
+    """``*train2014_questions.json`` and ``*train2014_annotations.json``, the same of ``val2014``: the report part."""
+    found: dict[str, Collected] = {}
+    used: list[Path] = []
+    for part, year in (("train", "train2014"), ("test", "val2014")):
+        questions, annotations = (_one(root, f"*{year}_{what}.json") for what in ("questions", "annotations"))
+        used += [questions, annotations]
+        answered = {_key(one, "question_id", annotations): one for one in _list(annotations, "annotations")}
+        found[part] = Collected()
+        for one in _list(questions, "questions"):
+            number = _key(one, "question_id", questions)
+            name = f"{questions.name} question {number}"
+            if number not in answered:
+                raise TaskError(f"{name}: must have its answers in {annotations.name}; use files of one release")
+            file = f"COCO_{year}_{int(_key(one, 'image_id', questions)):012d}.jpg"
+            answers = ten_answers(answered[number].get("answers") or (), name)
+            found[part].add(name, (pictures.row(file, name),), one.get("question"), answers=answers)
+    return found, used
+
+
+def _snli_ve(kind: str, root: Path, pictures: FilePictures) -> Read:
+    """``snli_ve_train.jsonl`` and ``snli_ve_test.jsonl``, else ``snli_ve_dev.jsonl``; pictures of Flickr30k."""
+    files = {"train": _one(root, "snli_ve_train.jsonl"), "test": _one(root, "snli_ve_test.jsonl", "snli_ve_dev.jsonl")}
+    found = {part: Collected() for part in files}
+    for part, file in files.items():
+        for name, one in _lines(file):
+            if one.get("gold_label") in NO_CONSENSUS:
+                continue
+            picture = pictures.row(f"{_key(one, 'Flickr30K_ID', name)}.jpg", name)
+            label = checked_label(CLASSES[kind], one.get("gold_label"), name)
+            found[part].add(name, (picture,), one.get("sentence2"), label=label)
+    return found, list(files.values())
+
+
+def _nlvr(kind: str, root: Path, pictures: FilePictures) -> Read:
+    """``train.json`` and ``test1.json``, ``test.json`` or ``dev.json``, a JSON object a line.
+
+    Pictures of NLVR2 are ``<identifier without its last number>-img0.png`` and ``-img1.png``; of NLVR1 the first of six
+    arrangements, ``<part>-<identifier>-0.png``.
+    """
+    tests = ("test1.json", "test.json", "dev.json")
+    files = {"train": _one(root, "train.json"), "test": _one(root, *tests)}
+    found = {part: Collected() for part in files}
+    for part, file in files.items():
+        for name, one in _lines(file):
+            identifier = str(_key(one, "identifier", name))
+            pair = identifier.rsplit("-", 1)[0]
+            one_picture = (f"{file.stem}-{identifier}-0.png",)
+            shown = (f"{pair}-img0.png", f"{pair}-img1.png") if kind == "nlvr2" else one_picture
+            label = checked_label(CLASSES[kind], one.get("label"), name)
+            rows = tuple(pictures.row(picture, name) for picture in shown)
+            found[part].add(name, rows, one.get("sentence"), label=label, group=one.get("directory"))
+    return found, list(files.values())
+
+
+def _captions(kind: str, root: Path, pictures: FilePictures) -> Read:
+    """Karpathy's ``dataset_flickr30k.json``, or that of another data set: ``split`` and ``sentences`` of every image."""
+    file = _one(root, "dataset_flickr30k.json", "dataset_*.json")
+    found = {"train": Collected(), "test": Collected()}
+    parts = {"train": "train", "restval": "train", "test": "test"}  # restval: COCO's validation images for training
+    for one in _list(file, "images"):
+        picture = str(_key(one, "filename", file))
+        name = f"{file.name} image {picture}"
+        part = parts.get(str(one.get("split")))
+        if part is None:
+            continue
+        sentences = one.get("sentences") or ()
+        if not sentences:
+            raise TaskError(f"{name}: must have a text with its picture, has none; add it or remove the image")
+        row = pictures.row(picture, name)
+        for number, sentence in enumerate(sentences):
+            found[part].add(f"{name} sentence {number}", (row,), sentence.get("raw"))
+    return found, [file]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _one(root: Path, *patterns: str) -> Path:
+    """Returns the file of the first pattern that fits any, the one nearest to the root."""
+    for pattern in patterns:
+        found = sorted(root.rglob(pattern), key=lambda file: (len(file.parts), str(file)))
+        if found:
+            return found[0]
+    raise TaskError(f"{root}: must hold {' or '.join(patterns)} in some folder; unpack the published files there")
+
+
+def _list(file: Path, key: str) -> list[dict[str, Any]]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))[key]
+    except (ValueError, KeyError, TypeError) as error:
+        raise TaskError(
+            f"{file}: must be a JSON object with a list {key!r}: {error}; use the published file"
+        ) from error
+    return list(found)
+
+
+def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (name for messages, object) of each line that is not blank."""
+    with file.open(encoding="utf-8") as opened:
+        for number, line in enumerate(opened, start=1):
+            if not line.strip():
+                continue
+            name = f"{file} line {number}"
+            try:
+                found = json.loads(line)
+            except ValueError as error:
+                raise TaskError(f"{name}: must be a JSON object: {error}; correct or remove the line") from error
+            if not isinstance(found, dict):
+                raise TaskError(f"{name}: must be a JSON object, is {type(found).__name__}; correct or remove the line")
+            yield name, found
+
+
+def _key(values: Mapping[str, Any], key: str, name: object) -> Any:
+    if values.get(key) is None:
+        raise TaskError(f"{name}: must have the key {key!r}, has {', '.join(values) or 'none'}; complete or remove it")
+    return values[key]

@@ -1,0 +1,143 @@
+"""Vision-language tasks: a corpus tokenised, cut into three splits, its pictures decoded once on each node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from workers.tasks import DIGIT_KINDS, TaskError, TaskInfo, decoded, example_index
+from workers.tasks.corpus import ArrayPictures, Corpus
+from workers.tasks.digit_tasks import digit_corpus
+from workers.tasks.example_splits import Splits, cut, task_info
+from workers.tasks.example_tables import read_tables, table_files
+from workers.tasks.examples import Examples
+from workers.tasks.published_layouts import read_published
+
+__all__ = ["VisionLanguageTask", "data_digest", "info", "load"]
+
+DEFAULTS: Mapping[str, Any] = {
+    "search_fraction": 0.2,
+    "split_seed": 0,
+    "max_text_tokens": None,
+    "truncation": False,
+    "tokenizer": None,
+    "answers": 3129,
+    "candidates": 4,
+}
+"""Keys of a data section for these tasks, where it leaves them out. 3,129 answers is what models of VQAv2 have."""
+
+
+@dataclass(frozen=True)
+class VisionLanguageTask:
+    """The data of a study. ``search`` is what the search sees, ``report`` (the test set) what it never sees.
+
+    Attributes:
+        text: how texts become ids: plain values for :func:`workers.tasks.tokenisers.read`, and their limits.
+    """
+
+    info: TaskInfo
+    train: Examples
+    search: Examples
+    report: Examples
+    text: Mapping[str, Any]
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Plain values that a user of the artefact needs to prepare pictures and texts, and to read the logits."""
+        return {
+            "task": self.info.task,
+            "image_size": self.info.image_size,
+            "in_chans": self.info.in_chans,
+            "resize": "both sides, bilinear",
+            "input": "uint8 / 255",
+            "mean": list(self.train.mean),
+            "std": list(self.train.std),
+            "text": dict(self.text),
+            "answers" if self.info.task == "vqa" else "classes": list(self.info.class_names),
+        }
+
+
+def load(data: Mapping[str, Any]) -> VisionLanguageTask:
+    """Loads the data of a study's data section; see :func:`workers.tasks.load`."""
+    data = _settings(data)
+    if data.get("digest") and (known := example_index.recall(example_index.key(data, data["digest"]))):
+        return _task(data, known)
+    corpus = open_corpus(data)
+    if isinstance(corpus.pictures, ArrayPictures):
+        return _task(data, cut(corpus, data))
+    key = example_index.key(data, corpus.digest)
+    with decoded.locked(key):
+        known = example_index.recall(key)
+        if known is None:
+            known = cut(corpus, data)
+            example_index.remember(key, known)
+    return _task(data, known)
+
+
+def info(data: Mapping[str, Any]) -> TaskInfo:
+    """Returns the facts about the data; decodes one picture at most."""
+    data = _settings(data)
+    if data.get("digest") and (known := example_index.recall(example_index.key(data, data["digest"]))):
+        return known.info
+    return task_info(open_corpus(data), data)
+
+
+def data_digest(data: Mapping[str, Any]) -> str:
+    """Returns 16 hexadecimal digits that name the content; see :func:`workers.tasks.data_digest`."""
+    return open_corpus(data).digest
+
+
+def open_corpus(data: Mapping[str, Any]) -> Corpus:
+    """Opens the data of a section.
+
+    Raises:
+        TaskError: it is missing or broken, or its content has another digest than ``data["digest"]``.
+    """
+    kind, path = data["kind"], data.get("path")
+    if kind in DIGIT_KINDS:
+        corpus = digit_corpus(kind)
+    elif path is None:
+        raise TaskError(f"data.path must say where the {kind} data lies")
+    else:
+        files = table_files(Path(path))
+        corpus = read_tables(kind, Path(path), files) if files else read_published(kind, Path(path))
+    expected = data.get("digest")
+    if expected and expected != corpus.digest:
+        raise TaskError(
+            f"{path or kind}: content must be the study's (digest {expected}), this node's has digest {corpus.digest}; "
+            "copy the same data to every node, or start a new study for the new data"
+        )
+    return corpus
+
+
+def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the section with every default, its values checked."""
+    found = {**DEFAULTS, **{key: value for key, value in data.items() if value is not None}}
+    most, size = found["max_text_tokens"], found["answers"]
+    rules = {
+        "search_fraction": (0 < found["search_fraction"] < 1, "must lie between 0 and 1"),
+        "max_text_tokens": (most is None or most > 2, "must be at least 3, two are the text's ends"),
+        "answers": (isinstance(size, str) or size > 0, "must be at least 1, or name a file of answers"),
+        "candidates": (found["candidates"] > 1, "must be at least 2, the own text and another"),
+    }
+    broken = [f"data.{name} {rule}, got {found[name]!r}" for name, (holds, rule) in rules.items() if not holds]
+    if broken:
+        raise TaskError("; ".join(broken))
+    return found
+
+
+def _task(data: Mapping[str, Any], splits: Splits) -> VisionLanguageTask:
+    """Puts the section's own mean and deviation in the place of the training pictures' where it gives some."""
+    values: dict[str, Any] = {}
+    for name in ("mean", "std"):
+        given = data.get(name)
+        channels = splits.info.in_chans
+        if given is not None and (len(given) != channels or (name == "std" and min(given) <= 0)):
+            raise TaskError(
+                f"data.{name} must have one value for each of {channels} channels (std above 0), got {given}"
+            )
+        if given is not None:
+            values[name] = tuple(float(value) for value in given)
+    train, search, report = (replace(splits.examples[name], **values) for name in ("train", "search", "report"))
+    return VisionLanguageTask(splits.info, train, search, report, splits.text)
