@@ -33,7 +33,15 @@ _roberta: Any = modeling_roberta
 NAMED: Mapping[str, Mapping[str, Any]] = {
     "meter_b16": {},
     "meter_tiny": {
-        **{"embed_dim": 64, "cross_depth": 4, "num_heads": 4, "mlp_ratio": 2, "dropout": 0.0, "pos_embed_std": 0.2},
+        **{
+            "embed_dim": 64,
+            "cross_depth": 4,
+            "num_heads": 4,
+            "mlp_ratio": 2,
+            "dropout": 0.0,
+            "pos_embed_std": 0.2,
+            "init_std": 0.1,
+        },
         **{"text_dim": 64, "text_depth": 2, "text_heads": 4, "vocab_size": 256, "max_text_tokens": 20},
         **{"image_dim": 64, "image_depth": 2, "image_heads": 4, "img_size": 32, "patch_size": 8},
     },
@@ -54,7 +62,8 @@ class MeterShape:
     """Settings of a METER; the defaults are the paper's, at 384 pixels.
 
     ``num_classes`` is for VQA alone, other tasks have theirs. ``pos_embed_std`` is of the image's
-    position embeddings, None: as CLIP draws them. ``pad_id`` is the tokenizer's padding, whose embedding is zero.
+    position embeddings, None: as CLIP draws them; ``init_std`` of all other weights, None: BERT's
+    0.02, and as RoBERTa and CLIP draw theirs. ``pad_id`` is the tokenizer's padding, whose embedding is zero.
     """
 
     task: str
@@ -77,6 +86,7 @@ class MeterShape:
     in_chans: int = 3
     dropout: float = 0.1
     pos_embed_std: float | None = None
+    init_std: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_classes", vl.num_classes(self.task, self.num_classes))
@@ -320,10 +330,11 @@ class Meter(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Draws what is ours like BERT; the encoders have transformers' initialisation for their kind."""
+        """Draws what is ours like BERT; the encoders have transformers' initialisation for their kind unless a width is given."""
+        std = self.shape.init_std
         for part in self.children():
-            if part not in (self.text_encoder, self.image_encoder):
-                vl.init_weights_(part)
+            if std is not None or part not in (self.text_encoder, self.image_encoder):
+                vl.init_weights_(part, **({} if std is None else {"std": std}))
         if self.shape.pos_embed_std is not None:
             nn.init.normal_(self.image_encoder.embeddings.position_embedding.weight, std=self.shape.pos_embed_std)
 

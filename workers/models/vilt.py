@@ -34,7 +34,7 @@ NAMED: Mapping[str, Mapping[str, Any]] = {
     "vilt_b32": {},
     "vilt_tiny": {
         **{"embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2, "img_size": 32, "patch_size": 8},
-        **{"vocab_size": 256, "max_text_tokens": 20, "dropout": 0.0, "pos_embed_std": 0.2},
+        **{"vocab_size": 256, "max_text_tokens": 20, "dropout": 0.0, "pos_embed_std": 0.2, "init_std": 0.1},
     },
 }
 """Settings that differ from ViLT-B/32's."""
@@ -47,8 +47,8 @@ TEXT_TYPE, IMAGE_TYPE = 0, 1
 class ViltShape:
     """Settings of a ViLT; the defaults are ViLT-B/32's (section 4.2), the vocabulary BERT's.
 
-    ``num_classes`` is for VQA alone, other tasks have theirs. ``max_image_length`` None takes every patch. Words are
-    timm's where it has one.
+    ``num_classes`` is for VQA alone, other tasks have theirs. ``max_image_length`` None takes every patch. ``init_std`` is
+    of new weights, BERT's 0.02, with which models of width 64 do not learn. Words are timm's where it has one.
     """
 
     task: str
@@ -67,6 +67,7 @@ class ViltShape:
     shuffle_patches: bool = False
     dropout: float = 0.1
     pos_embed_std: float = 0.02
+    init_std: float = 0.02
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_classes", vl.num_classes(self.task, self.num_classes))
@@ -322,7 +323,7 @@ class Vilt(nn.Module):
         self.layernorm = nn.LayerNorm(shape.embed_dim, eps=config.layer_norm_eps)
         self.pooler = vl.Pooler(shape.embed_dim)
         self.head = vl.task_head(shape.task, self.images * shape.embed_dim, 2 * shape.embed_dim, shape.num_classes)
-        vl.init_weights_(self)
+        vl.init_weights_(self, shape.init_std)
         for table in (self.embeddings.cls_token, self.embeddings.position_embeddings):
             nn.init.normal_(table, std=shape.pos_embed_std)
 

@@ -32,7 +32,7 @@ class Config:
         0.75,
         0.25,
         1.0,
-        0.125,
+        0.0625,
         search=(0.5, 0.875, 0.125),
         doc="share of the side, to the nearest whole number of patches",
     )
