@@ -181,7 +181,9 @@ def _record(
         },
         "class_names": None if images.class_names is None else list(images.class_names),
         "parity": parity.to_dict(),
-        "versions": {package: _version(package) for package in _PACKAGES[kind]},
+        "versions": {
+            p: _version(p) for p in (*_PACKAGES[kind], *(["transformers"] if "text" in preprocessing else []))
+        },
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -77,7 +77,7 @@ def test_the_data_is_always_the_same(kind: str) -> None:
 
 
 def test_no_handwriting_of_one_split_is_in_another(kind: str) -> None:
-    """The ground is noise below 48, ink is brighter: the brightest pixels of a cell name its handwriting."""
+    """The ground is faint noise, ink is brighter: the brightest pixels of a cell name its handwriting."""
     task: Any = tasks.load({"kind": kind})
     glyphs = {}
     for name in ("train", "search", "report"):
@@ -88,7 +88,7 @@ def test_no_handwriting_of_one_split_is_in_another(kind: str) -> None:
                 if ink.sum() < 64:  # a covered cell has no handwriting
                     found.add((ink.tobytes(), cell[..., int(np.argmax(COLOURS[colour]))][ink].tobytes()))
         glyphs[name] = {(pattern, values) for pattern, values in found if sum(pattern) > 12}
-        assert len(glyphs[name]) > 100
+        assert len(glyphs[name]) > 50
     for one, other in (("train", "search"), ("train", "report"), ("search", "report")):
         assert not glyphs[one] & glyphs[other]
 

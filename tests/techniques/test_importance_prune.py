@@ -333,7 +333,10 @@ def partners() -> list[str]:
     return [
         name
         for name, technique in registry().items()
-        if name in SAMPLES and name != "importance_prune" and technique.stage == "surgery" and legal_orders(("importance_prune", name))
+        if name in SAMPLES
+        and name != "importance_prune"
+        and technique.stage == "surgery"
+        and legal_orders(("importance_prune", name))
     ]
 
 

@@ -28,7 +28,7 @@ SIDE = CELL * GRID
 COLOURS = {"red": (255, 60, 60), "green": (60, 230, 60), "blue": (80, 120, 255), "yellow": (240, 230, 50)}
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIDES = ("left", "right")
-GROUND = 48
+GROUND = 12
 """Largest value of the noise behind the digits."""
 
 GROUPS = 20

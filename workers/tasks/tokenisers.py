@@ -111,7 +111,7 @@ def _published(name: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(name, local_files_only=True)
-    except Exception:  # as below
+    except (OSError, ValueError):
         try:
             return AutoTokenizer.from_pretrained(name)
         except Exception as error:  # the hub's client, the file formats and the parsers raise all kinds
