@@ -214,7 +214,7 @@ def test_the_digest_names_the_content_and_not_the_place(tmp_path: Path) -> None:
         ({"image": [png(1)] * 4 + [b"no image"] + [png(1)] * 15}, r"a\.parquet row 4: must be a PNG or JPEG image"),
         (
             {"image": [png(1)] * 4 + [None] + [png(1)] * 15},
-            "row 4: column 'image' must hold the bytes .* found NoneType",
+            "row 4: an image column must hold the bytes .* found NoneType",
         ),
         ({"image": [png(1)] * 7 + [png(1, (5, 5))] + [png(1)] * 12}, r"row 7: images must have one size, this is 5x5"),
         ({"image": [png(1, (5, 4))] * 20}, r"must be square, the first one is 4x5; set data\.image_size"),

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from workers.deadline import Deadline
+from workers.inputs import Inputs
 from workers.lane import Lane
 from workers.lease import acquire
 from workers.storage import Storage
-from workers.inputs import Inputs
 from workers.tasks.batches import LabelledData
 
 BATCH = 32

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from workers import artefact, evaluation, models, parity, tasks, training
 from workers.deadline import Deadline
+from workers.inputs import Inputs
 from workers.lane import Lane
 from workers.lease import acquire
 from workers.once import OnceAStudy
 from workers.protocol import Context, Recipe, StageRun, Step, canonical_json, digest, without_locations
 from workers.storage import Storage
-from workers.inputs import Inputs
 from workers.tasks.batches import TaskData
 from workers.techniques import registry, versions
 from workers.techniques.record import Applied, Surroundings, Technique, make_config

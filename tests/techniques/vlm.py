@@ -19,7 +19,7 @@ FAMILIES = ("vilt", "meter")
 def describe(family: str, task: str = "entailment", **more: Any) -> dict[str, Any]:
     """A complete description: 4 joint layers, 16 patches, texts of 20 tokens at most."""
     found: dict[str, Any] = import_module(f"workers.models.{family}").describe(
-        {"name": f"{family}_tiny", "create": settings(task, **more)}
+        {"name": f"{family}_tiny", "create": settings(task, **{"init_std": 0.02, **more})}
     )
     return found
 

@@ -9,6 +9,7 @@ models import transformers, which takes seconds.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -33,6 +34,9 @@ __all__ = [
     "model_info",
     "skeleton",
 ]
+
+# transformers imports torchao, which at its import registers types in a way that torch 2.15 calls deprecated
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 FAMILIES = {"timm": "timm_vit", "vilt": "vilt", "meter": "meter"}
 """Family to its module here. Modules of a family other than timm name it in a class attribute ``family``."""

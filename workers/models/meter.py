@@ -40,7 +40,7 @@ NAMED: Mapping[str, Mapping[str, Any]] = {
             "mlp_ratio": 2,
             "dropout": 0.0,
             "pos_embed_std": 0.2,
-            "init_std": 0.1,
+            "init_std": 0.15,
         },
         **{"text_dim": 64, "text_depth": 2, "text_heads": 4, "vocab_size": 256, "max_text_tokens": 20},
         **{"image_dim": 64, "image_depth": 2, "image_heads": 4, "img_size": 32, "patch_size": 8},

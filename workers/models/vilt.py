@@ -34,7 +34,7 @@ NAMED: Mapping[str, Mapping[str, Any]] = {
     "vilt_b32": {},
     "vilt_tiny": {
         **{"embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2, "img_size": 32, "patch_size": 8},
-        **{"vocab_size": 256, "max_text_tokens": 20, "dropout": 0.0, "pos_embed_std": 0.2, "init_std": 0.1},
+        **{"vocab_size": 256, "max_text_tokens": 20, "dropout": 0.0, "pos_embed_std": 0.2, "init_std": 0.15},
     },
 }
 """Settings that differ from ViLT-B/32's."""

@@ -27,7 +27,6 @@ CELL, GRID = 8, 4
 SIDE = CELL * GRID
 COLOURS = {"red": (255, 60, 60), "green": (60, 230, 60), "blue": (80, 120, 255), "yellow": (240, 230, 50)}
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SIDES = ("left", "right")
 GROUND = 12
 """Largest value of the noise behind the digits."""
 
@@ -76,9 +75,9 @@ class _Writer:
         """Draws one of the other nine digits."""
         return (digit + int(self.random.integers(1, 10))) % 10
 
-    def scene(self, count: int, *, group: int, covered: int = 0) -> int:
-        """Draws a scene of ``count`` digits and returns its row."""
-        colours = self.random.permutation(list(COLOURS))[:count].tolist()
+    def scene(self, count: int, *, group: int, covered: int = 0, colours: Sequence[str] | None = None) -> int:
+        """Draws a scene of ``count`` digits in these colours, or any, and returns its row."""
+        colours = colours or self.random.permutation(list(COLOURS))[:count].tolist()
         chosen = self.random.permutation(10)[:count].tolist()
         cells = self.random.permutation(GRID * GRID)[:count].tolist()
         hidden = frozenset(colours[:covered])
@@ -97,7 +96,7 @@ class _Writer:
     def draw(self) -> NDArray[np.uint8]:
         """Returns the pictures (M, 32, 32, 3)."""
         source = digits()
-        images, labels = source.arrays[self.part][..., 0] / 16.0, source.labels[self.part]
+        images, labels = np.sqrt(source.arrays[self.part][..., 0] / 16.0), source.labels[self.part]
         of_digit = [np.flatnonzero(labels == digit) for digit in range(10)]
         out = self.random.integers(0, GROUND, (len(self.scenes), SIDE, SIDE, 3), dtype=np.uint8)
         for picture, scene in zip(out, self.scenes, strict=True):
@@ -179,38 +178,21 @@ def _entailment(writer: _Writer) -> None:
 
 
 def _nlvr(writer: _Writer) -> None:
-    """Pictures of two and three digits; of each of two kinds of statements about them a true and a false one."""
-    kinds: tuple[Callable[[_Writer, list[int], bool], str], ...]
-    kinds = (_about_one_colour, _about_both_colours, _about_a_digit, _about_numbers)
+    """Pictures of two digits each that have one colour in common; of two kinds of statements a true and a false one."""
     for group in writer.groups_of(SCENES[writer.part]):
-        rows = [writer.scene(count, group=group) for count in writer.random.permutation([2, 3]).tolist()]
-        for kind in writer.random.permutation(len(kinds))[:2].tolist():
-            for truth in (False, True):
-                writer.example(rows, kinds[kind](writer, rows, truth), int(truth))
-
-
-def _about_one_colour(writer: _Writer, rows: list[int], truth: bool) -> str:
-    side = int(writer.random.integers(2))
-    shown = writer.scenes[rows[side]].digit_of
-    colour = writer.pick([one for one in COLOURS if (one in shown) == truth])
-    return f"the {SIDES[side]} picture shows a {colour} digit ."
-
-
-def _about_both_colours(writer: _Writer, rows: list[int], truth: bool) -> str:
-    first, second = (set(writer.scenes[row].digit_of) for row in rows)
-    return f"both pictures show a {writer.pick(sorted(first & second if truth else first ^ second))} digit ."
-
-
-def _about_a_digit(writer: _Writer, rows: list[int], truth: bool) -> str:
-    side = int(writer.random.integers(2))
-    colour, digit = list(writer.scenes[rows[side]].digit_of.items())[int(writer.random.integers(2))]
-    return f"the {colour} digit in the {SIDES[side]} picture is {_a(digit if truth else writer.other(digit))} ."
-
-
-def _about_numbers(writer: _Writer, rows: list[int], truth: bool) -> str:
-    first, second = (len(writer.scenes[row].digit_of) for row in rows)
-    more, less = SIDES if (first > second) == truth else SIDES[::-1]
-    return f"the {more} picture shows more digits than the {less} one ."
+        both, left, right, absent = writer.random.permutation(list(COLOURS)).tolist()
+        rows = [writer.scene(2, group=group, colours=[both, own]) for own in (left, right)]
+        in_one = [left, right]
+        writer.example(rows, f"both pictures show a {both} digit .", 1)
+        writer.example(rows, f"both pictures show a {writer.pick(in_one)} digit .", 0)
+        if writer.random.random() < 0.5:
+            writer.example(rows, f"one picture shows a {writer.pick(in_one)} digit .", 1)
+            writer.example(rows, f"one picture shows a {absent} digit .", 0)
+        else:
+            side = int(writer.random.integers(2))
+            digit = writer.scenes[rows[side]].digit_of[in_one[side]]
+            writer.example(rows, f"one picture shows a {in_one[side]} {DIGITS[digit]} .", 1)
+            writer.example(rows, f"one picture shows a {in_one[side]} {DIGITS[writer.other(digit)]} .", 0)
 
 
 def _a(digit: int) -> str:
