@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from orchestrator import study_faults as judge
-from orchestrator import study_schema, study_tasks, study_techniques
+from orchestrator import study_scalars, study_tasks, study_techniques
 from orchestrator.study_schema import StudyConfig, model_info
 from orchestrator.study_yaml import ABSENT, MAX_BYTES, Fault, StudyError, nearest, path_text, read, with_lines
 from workers.peak_memory import MIN_CPU_BYTES
@@ -82,7 +82,7 @@ def check_study_name(name: str) -> str:
         StudyError: if it is not.
     """
     try:
-        return study_schema.study_name(name)
+        return study_scalars.study_name(name)
     except PydanticCustomError as error:
         raise StudyError("study", [_rule_fault("name", error.context or {}, name)]) from None
 
@@ -131,7 +131,7 @@ def parse_duration_s(text: str) -> float:
         ValueError: for other texts, and for nothing or less.
     """
     try:
-        seconds = float(study_schema.duration_s(text))  # type: ignore[arg-type]
+        seconds = float(study_scalars.duration_s(text))  # type: ignore[arg-type]
     except PydanticCustomError as error:
         raise ValueError(str(_rule_fault("time-budget", error.context or {}, text))) from None
     if seconds <= 0:

@@ -28,7 +28,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from orchestrator.constraints import Constraint
 from orchestrator.space import SearchSpace
-from orchestrator.study_schema import SAMPLER_GROUP, SamplerSection
+from orchestrator.study_scalars import SAMPLER_GROUP
+from orchestrator.study_schema import SamplerSection
 from workers.protocol import INFRASTRUCTURE, Recipe
 
 KEEP = 0.8

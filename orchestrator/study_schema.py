@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -17,116 +15,31 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
-from orchestrator.constraints import Constraint, ConstraintError, parse
-from orchestrator.study_yaml import nearest
-from workers.protocol import OBJECTIVES, Context, Recipe, Step
+from orchestrator.constraints import Constraint, parse
+from orchestrator.study_scalars import (
+    Duration,
+    Natural,
+    Parameters,
+    Positive,
+    RecipeStep,
+    broken,
+    constraint,
+    directions,
+    distinct,
+    empty_for_null,
+    sampler_name,
+    size_bytes,
+    study_name,
+)
+from workers.protocol import Context, Recipe, Step
 from workers.protocols import PROTOCOLS, SEEDS
 
 if TYPE_CHECKING:
     from workers.techniques.record import ModelInfo
 
-SAMPLERS = ("tpe", "nsga2", "random")
-SAMPLER_GROUP = "vitpareto.samplers"
-"""Entry point group through which other packages add samplers by name."""
-
 VISION_LANGUAGE = ("vilt", "meter")
 """Families of models that see images with texts."""
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_QUANTITY = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*")
-_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_BYTES = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-
-
-# --- scalars ----------------------------------------------------------------------------------------------------------
-
-
-def _broken(rule: str, remedy: str = "") -> PydanticCustomError:
-    return PydanticCustomError("study_rule", "{rule}", {"rule": rule, "remedy": remedy})
-
-
-def study_name(text: str) -> str:
-    """Returns ``text`` if it is safe as a folder, job and table name.
-
-    Raises:
-        PydanticCustomError: (a ValueError) for anything else: slashes, ``..``, a leading dash, over 64 characters.
-    """
-    if not _NAME.fullmatch(text) or ".." in text:
-        cleaned = re.sub(r"\.{2,}", ".", re.sub(r"[^A-Za-z0-9._-]+", "-", text)).strip("-._")[:64] or "my-study"
-        raise _broken(
-            "must be 1 to 64 letters, digits, '.', '_' or '-', start with a letter or digit and hold no '..'",
-            f"for example {cleaned}",
-        )
-    return text
-
-
-def _quantity(value: object, units: Mapping[str, float], example: str) -> object:
-    """Reads "30m" or "1GiB" as a number in base units; other types go on to pydantic."""
-    if not isinstance(value, str):
-        return value
-    match = _QUANTITY.fullmatch(value)
-    if match is None or match[2] not in units:
-        raise _broken(
-            f"must be a number with one of the units {', '.join(filter(None, units))}", f"for example {example}"
-        )
-    return float(match[1]) * units[match[2]]
-
-
-def duration_s(value: object) -> object:
-    """Reads "90s", "30m", "2h" as seconds; a plain number is seconds."""
-    return _quantity(value, _SECONDS, "30m")
-
-
-def size_bytes(value: object) -> object:
-    """Reads "1GiB", "500MB" as bytes; a plain number is bytes."""
-    found = _quantity(value, _BYTES, "1GiB")
-    return int(found) if isinstance(found, float) else found
-
-
-def sampler_name(text: str) -> str:
-    """Returns the name of a built-in sampler or of one that another package adds."""
-    known = [*SAMPLERS, *sorted(point.name for point in entry_points(group=SAMPLER_GROUP))]
-    if text not in known:
-        raise _broken(f"must be one of {', '.join(known)}", nearest(text, known))
-    return text
-
-
-def _constraint(text: str) -> str:
-    try:
-        return str(parse(text))
-    except ConstraintError as error:
-        raise _broken(error.rule, error.remedy) from None
-
-
-def _distinct(values: list[int]) -> list[int]:
-    if len(set(values)) != len(values):
-        raise _broken("must not repeat a value", "remove the repeated ones")
-    return values
-
-
-def _empty_for_null(value: object) -> object:
-    return {} if value is None else value
-
-
-def _directions(value: object) -> object:
-    """A list of objectives gets the direction that is better for each; unknown names are reported elsewhere."""
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        return value
-    return {name: OBJECTIVES.get(name, "minimize") for name in value}
-
-
-def _step(value: object) -> object:
-    return {value: {}} if isinstance(value, str) else value
-
-
-Parameters = Annotated[dict[str, Any], BeforeValidator(_empty_for_null)]
-RecipeStep = Annotated[dict[str, Parameters], BeforeValidator(_step), Field(min_length=1, max_length=1)]
-Duration = Annotated[float, BeforeValidator(duration_s), Field(gt=0)]
-Positive = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-
 
 # --- sections ---------------------------------------------------------------------------------------------------------
 
@@ -151,7 +64,7 @@ class CreateSection(Section):
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
         if self.width % self.heads:
-            raise _broken("width must be a multiple of heads", f"width {self.width}, heads {self.heads}")
+            raise broken("width must be a multiple of heads", f"width {self.width}, heads {self.heads}")
         return self
 
     def timm_arguments(self) -> dict[str, Any]:
@@ -195,26 +108,26 @@ class ModelSection(Section):
             return value if info.data.get("family") in VISION_LANGUAGE else CreateSection.model_validate(value)
         if value is None or isinstance(value, CreateSection):
             return value
-        raise _broken("must be a mapping of settings", "for example {depth: 4}")
+        raise broken("must be a mapping of settings", "for example {depth: 4}")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.family in VISION_LANGUAGE:
             if self.name is None and self.create is None:
-                raise _broken("must have a name, create, or both", f"name: {self.family}_tiny")
+                raise broken("must have a name, create, or both", f"name: {self.family}_tiny")
             if self.options:
-                raise _broken("options are arguments of timm's", "use create")
+                raise broken("options are arguments of timm's", "use create")
         else:
             if (self.name is None) == (self.create is None):
-                raise _broken(
+                raise broken(
                     "must have either name or create", "name: vit_tiny_patch16_224, or create: {width: 64, depth: 4}"
                 )
             if self.create is not None and (self.pretrained or self.options):
-                raise _broken("pretrained and options need a timm name", "use name instead of create")
+                raise broken("pretrained and options need a timm name", "use name instead of create")
         if self.pretrained and self.checkpoint is not None:
-            raise _broken("must not have both pretrained and checkpoint", "remove one of them")
+            raise broken("must not have both pretrained and checkpoint", "remove one of them")
         if not (self.train or self.pretrained or self.checkpoint is not None):
-            raise _broken("must be trained, pretrained or loaded from a checkpoint", "remove `train: false`")
+            raise broken("must be trained, pretrained or loaded from a checkpoint", "remove `train: false`")
         return self
 
     def settings(self) -> dict[str, Any]:
@@ -296,11 +209,11 @@ class RecoverySettings(Section):
     @model_validator(mode="after")
     def _go_together(self) -> Self:
         if self.momentum is not None and self.optimizer != "sgd":
-            raise _broken("momentum is of optimizer sgd", "remove momentum, or optimizer: sgd")
+            raise broken("momentum is of optimizer sgd", "remove momentum, or optimizer: sgd")
         if self.accumulate > self.batch_size:
-            raise _broken("accumulate must not exceed batch_size", "a batch has no more parts than images")
+            raise broken("accumulate must not exceed batch_size", "a batch has no more parts than images")
         if self.batch_size == 1 and (self.mixup > 0 or self.cutmix > 0):
-            raise _broken("mixup and cutmix need a batch_size of 2 or more", "images are mixed two and two")
+            raise broken("mixup and cutmix need a batch_size of 2 or more", "images are mixed two and two")
         return self
 
 
@@ -373,7 +286,7 @@ class MeasurementSection(Section):
     @model_validator(mode="after")
     def _start_within_most(self) -> Self:
         if self.batch_max < self.batch_start:
-            raise _broken(
+            raise broken(
                 "batch_max must not be less than batch_start", f"batch_start {self.batch_start}, max {self.batch_max}"
             )
         return self
@@ -403,20 +316,20 @@ class StudyConfig(Section):
     model: ModelSection
     data: DataSection
     training: TrainingSection = TrainingSection()
-    objectives: Annotated[dict[str, Literal["minimize", "maximize"]], BeforeValidator(_directions), Field(min_length=1)]
+    objectives: Annotated[dict[str, Literal["minimize", "maximize"]], BeforeValidator(directions), Field(min_length=1)]
     device: Literal["cpu", "cuda"] = "cpu"
     reference_point: dict[str, float] | None = None
-    constraints: list[Annotated[str, AfterValidator(_constraint)]] = Field(default_factory=list)
+    constraints: list[Annotated[str, AfterValidator(constraint)]] = Field(default_factory=list)
     techniques: Annotated[dict[str, Parameters], Field(min_length=1)]
     max_techniques: Positive = 3
     recipes: list[Annotated[list[RecipeStep], Field(min_length=1)]] = Field(default_factory=list)
     sampler: SamplerSection = SamplerSection()
-    seeds: Annotated[list[Natural], AfterValidator(_distinct), Field(min_length=1)]
+    seeds: Annotated[list[Natural], AfterValidator(distinct), Field(min_length=1)]
     resources: ResourcesSection = ResourcesSection()
     trials: Positive = 16
     budget: BudgetSection = BudgetSection()
     retries: Natural = 2
-    measurement: Annotated[MeasurementSection, BeforeValidator(_empty_for_null)] = Field(
+    measurement: Annotated[MeasurementSection, BeforeValidator(empty_for_null)] = Field(
         default_factory=lambda: MeasurementSection.model_validate({})
     )
 

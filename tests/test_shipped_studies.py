@@ -50,7 +50,7 @@ SHIPPED_DATA = {
 
 TEXTS = {"vilt": TextInfo(30522, 40, 0), "meter": TextInfo(50265, 32, 1)}
 
-CLASSES = {"vqa": 3129, "entailment": 3, "nlvr2": 2, "retrieval": 1}
+CLASSES = {"vqa": 3129, "entailment": 3, "nlvr2": 2, "nlvr1": 2, "retrieval": 1}
 
 
 def shipped_data(study: StudyConfig) -> TaskInfo:

@@ -17,7 +17,7 @@ from workers.conditions import device_name, driver
 from workers.parity import cpu_flags
 from workers.protocol import TrialSpec
 
-PACKAGES = ("vitpareto", "torch", "torchvision", "timm", "torchao", "numpy", "safetensors")
+PACKAGES = ("vitpareto", "torch", "torchvision", "timm", "transformers", "torchao", "numpy", "safetensors")
 """Packages that a number may depend on."""
 
 GIT_TIMEOUT_S = 10.0

@@ -18,6 +18,15 @@ DIGIT_KINDS = ("digit_vqa", "digit_entailment", "digit_nlvr", "digit_retrieval")
 TEXT_KINDS = ("vqa", "entailment", "nlvr2", "nlvr1", "retrieval")
 """Vision-language tasks read from files."""
 
+TEXT_DEFAULTS: Mapping[str, Any] = {
+    "max_text_tokens": None,
+    "truncation": False,
+    "tokenizer": None,
+    "answers": 3129,
+    "candidates": 4,
+}
+"""Keys that the data sections of vision-language tasks have besides; 3,129 answers is what models of VQAv2 have."""
+
 KINDS = (*IMAGE_KINDS, *DIGIT_KINDS, *TEXT_KINDS)
 """Values of ``data.kind``."""
 
@@ -72,7 +81,7 @@ def load(data: Mapping[str, Any]) -> TaskData:
     Args:
         data: the context's data section: ``kind, path, image_size, search_fraction, split_seed, train_limit,
             search_limit, report_limit, digest, mean, std``; all but ``kind`` (and ``path`` where files are read) may be
-            left out. For vision-language tasks also those of ``workers.tasks.vision_language.DEFAULTS``.
+            left out. For vision-language tasks also those of :data:`TEXT_DEFAULTS`.
 
     Raises:
         TaskError: the data is missing or broken, or is not the data of ``digest``.

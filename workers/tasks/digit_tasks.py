@@ -94,7 +94,7 @@ class _Writer:
             self.answers.append(answers)
 
     def draw(self) -> NDArray[np.uint8]:
-        """Returns the pictures (M, 32, 32, 3)."""
+        """Returns the pictures (M, 32, 32, 3); the root of the ink makes thin strokes as coloured as thick ones."""
         source = digits()
         images, labels = np.sqrt(source.arrays[self.part][..., 0] / 16.0), source.labels[self.part]
         of_digit = [np.flatnonzero(labels == digit) for digit in range(10)]
@@ -185,7 +185,7 @@ def _nlvr(writer: _Writer) -> None:
         in_one = [left, right]
         writer.example(rows, f"both pictures show a {both} digit .", 1)
         writer.example(rows, f"both pictures show a {writer.pick(in_one)} digit .", 0)
-        if writer.random.random() < 0.5:
+        if writer.random.random() < 0.75:
             writer.example(rows, f"one picture shows a {writer.pick(in_one)} digit .", 1)
             writer.example(rows, f"one picture shows a {absent} digit .", 0)
         else:

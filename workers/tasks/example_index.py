@@ -1,6 +1,7 @@
 """The node's memory of tokenised and cut splits, so that a trial of a known study neither reads nor tokenises its texts.
 
-Arrays lie in ``<key>.<split>.<field>.npy`` and are mapped; ``<key>.examples.json`` comes last and names the stored pictures.
+Arrays lie in ``<key>.<split>.<field>.npy``. They are mapped privately: whoever writes into one changes no file.
+``<key>.examples.json`` comes last and names the stored pictures.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.tasks import TaskInfo, decoded
+from workers.tasks import TEXT_DEFAULTS, TaskInfo, decoded
 from workers.tasks.answers import SoftScores
 from workers.tasks.encoded_images import cache_folder, file_digest, write_atomic
 from workers.tasks.example_splits import Splits
@@ -25,14 +26,13 @@ from workers.tasks.tokenisers import folder_fingerprint
 VERSION = 1
 """Raised when the same data would become other examples."""
 
-_SELECTION = ("max_text_tokens", "truncation", "tokenizer", "answers", "candidates")
 _ARRAYS = ("pictures", "texts", "text_mask", "text_rows", "labels", "picture_of_text")
 _SCORES = ("classes", "agreeing")
 
 
 def key(data: Mapping[str, Any], digest: str) -> str:
     """Returns the key under which the splits of a data section with all defaults in it are remembered."""
-    parts = [VERSION, decoded.index_key(data, digest), *(data[name] for name in _SELECTION)]
+    parts = [VERSION, decoded.index_key(data, digest), *(data[name] for name in TEXT_DEFAULTS)]
     if data["tokenizer"] is not None:
         parts.append(folder_fingerprint(data["tokenizer"]))
     if isinstance(data["answers"], str) and Path(data["answers"]).is_file():
@@ -83,7 +83,7 @@ def recall(key: str) -> Splits | None:
 def _examples(stem: str, found: Mapping[str, Any], info: TaskInfo) -> Examples:
     folder = cache_folder()
     arrays: dict[str, Any] = {
-        field: np.load(folder / f"{stem}.{field}.npy", mmap_mode="r") for field in found["fields"]
+        field: np.load(folder / f"{stem}.{field}.npy", mmap_mode="c") for field in found["fields"]
     }
     scores = {field: arrays.pop(field) for field in _SCORES if field in arrays}
     fields: dict[str, Any] = {field: arrays.get(field) for field in _ARRAYS}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from workers.tasks import DIGIT_KINDS, TaskError, TaskInfo, decoded, example_index
+from workers.tasks import DIGIT_KINDS, TEXT_DEFAULTS, TaskError, TaskInfo, decoded, example_index
 from workers.tasks.corpus import ArrayPictures, Corpus
 from workers.tasks.digit_tasks import digit_corpus
 from workers.tasks.example_splits import Splits, cut, task_info
@@ -17,16 +17,8 @@ from workers.tasks.published_layouts import read_published
 
 __all__ = ["VisionLanguageTask", "data_digest", "info", "load"]
 
-DEFAULTS: Mapping[str, Any] = {
-    "search_fraction": 0.2,
-    "split_seed": 0,
-    "max_text_tokens": None,
-    "truncation": False,
-    "tokenizer": None,
-    "answers": 3129,
-    "candidates": 4,
-}
-"""Keys of a data section for these tasks, where it leaves them out. 3,129 answers is what models of VQAv2 have."""
+DEFAULTS: Mapping[str, Any] = {"search_fraction": 0.2, "split_seed": 0, **TEXT_DEFAULTS}
+"""Keys of a data section for these tasks, where it leaves them out."""
 
 
 @dataclass(frozen=True)
