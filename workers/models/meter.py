@@ -334,7 +334,7 @@ class Meter(nn.Module):
         std = self.shape.init_std
         for part in self.children():
             if std is not None or part not in (self.text_encoder, self.image_encoder):
-                vl.init_weights_(part, **({} if std is None else {"std": std}))
+                vl.init_weights_(part, std)
         if self.shape.pos_embed_std is not None:
             nn.init.normal_(self.image_encoder.embeddings.position_embedding.weight, std=self.shape.pos_embed_std)
 

@@ -46,6 +46,9 @@ class Task:
     num_classes: int | None
 
 
+BERT_STD = 0.02
+"""Standard deviation of BERT's first weights, and ViLT's and METER's."""
+
 TASKS: Mapping[str, Task] = {
     "vqa": Task(images=1, num_classes=None),
     "nlvr2": Task(images=2, num_classes=2),
@@ -326,8 +329,9 @@ def task_head(task: str, pooled_dim: int, hidden_dim: int, classes: int) -> nn.M
     )
 
 
-def init_weights_(module: nn.Module, std: float = 0.02) -> None:
-    """Draws linear, convolution and embedding weights from N(0, std^2), BERT's 0.02; biases 0, norms 1."""
+def init_weights_(module: nn.Module, std: float | None = None) -> None:
+    """Draws linear, convolution and embedding weights from N(0, std^2), None: BERT's 0.02; biases 0, norms 1."""
+    std = BERT_STD if std is None else std
     for part in module.modules():
         if isinstance(part, nn.LayerNorm):
             part.reset_parameters()

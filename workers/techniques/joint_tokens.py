@@ -253,6 +253,24 @@ class Reducer(nn.Module, ABC):
         """Looks at the image tokens (B, I, C) after the layer."""
 
 
+class ReducingLayer(nn.Module):
+    """What the reducing layers of both families share: the children of the layer that was, under their names, and ``reducer``.
+
+    Args:
+        layer: from here on it runs only as part of this one.
+    """
+
+    reduces_tokens = True
+
+    def __init__(self, layer: nn.Module, reducer: Reducer) -> None:
+        nn.Module.__init__(self)  # the parts are there already
+        for name, part in layer.named_children():
+            self.add_module(name, part)
+        self.reducer = reducer
+        self.training = layer.training  # a new module would be in training mode
+        reducer.train(layer.training)
+
+
 def family_module(model: nn.Module) -> Any:
     """Returns the module that reduces tokens in models of this family.
 

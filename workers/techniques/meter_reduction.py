@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from workers.models import meter
 from workers.models import vision_language as vl
-from workers.techniques.joint_tokens import Reducer, Seen, Stream, attend
+from workers.techniques.joint_tokens import ReducingLayer, Seen, Stream, attend
 
 
 @dataclass(frozen=True)
@@ -24,22 +24,8 @@ class CarriedTokens(meter.CrossTokens):
     carried: Any = None
 
 
-class ReducedLayer(meter.FusionLayer):
-    """A fusion layer that passes on fewer tokens: the same children under the same names, and ``reducer``.
-
-    Args:
-        layer: from here on it runs only as part of this one.
-    """
-
-    reduces_tokens = True
-
-    def __init__(self, layer: nn.Module, reducer: Reducer) -> None:
-        nn.Module.__init__(self)  # the parts are there already
-        for name, part in layer.named_children():
-            self.add_module(name, part)
-        self.reducer = reducer
-        self.training = layer.training  # a new module would be in training mode
-        reducer.train(layer.training)
+class ReducedLayer(ReducingLayer, meter.FusionLayer):
+    """A fusion layer that passes on fewer tokens."""
 
     def forward(self, tokens: meter.CrossTokens) -> meter.CrossTokens:
         """See :meth:`workers.models.meter.FusionLayer.forward`."""

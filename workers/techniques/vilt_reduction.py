@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from workers.models import vilt
 from workers.models import vision_language as vl
-from workers.techniques.joint_tokens import Reducer, Seen, Stream, attend, joined
+from workers.techniques.joint_tokens import ReducingLayer, Seen, Stream, attend, joined
 
 
 @dataclass(frozen=True)
@@ -20,22 +20,8 @@ class CarriedTokens(vilt.JointTokens):
     carried: Any = None
 
 
-class ReducedLayer(vilt.JointLayer):
-    """A joint layer that passes on fewer tokens: the same children under the same names, and ``reducer``.
-
-    Args:
-        layer: from here on it runs only as part of this one.
-    """
-
-    reduces_tokens = True
-
-    def __init__(self, layer: nn.Module, reducer: Reducer) -> None:
-        nn.Module.__init__(self)  # the parts are there already
-        for name, part in layer.named_children():
-            self.add_module(name, part)
-        self.reducer = reducer
-        self.training = layer.training  # a new module would be in training mode
-        reducer.train(layer.training)
+class ReducedLayer(ReducingLayer, vilt.JointLayer):
+    """A joint layer that passes on fewer tokens."""
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         raise RuntimeError("this layer passes on fewer tokens: call advance, a plain call would pass by the reduction")
