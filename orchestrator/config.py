@@ -197,6 +197,7 @@ def _checked(
         *(judge.checkpoint_faults(checkpoint) if check_files else ()),
         *judge.data_faults(data, must_exist=check_files),
         *study_tasks.data_key_faults(data),
+        *(study_tasks.answers_faults(data) if check_files else ()),
         *judge.training_faults(training, data),
         *study_tasks.augmentation_faults(training, data),
         *judge.resource_faults(values.get("device"), values.get("resources")),
@@ -213,7 +214,7 @@ def _default(key: str) -> Any:
 
 
 def _with_absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    for section, key in (("model", "checkpoint"), ("data", "path")):
+    for section, key in (("model", "checkpoint"), ("data", "path"), ("data", "answers")):
         part = values.get(section)
         if (
             isinstance(part, Mapping)

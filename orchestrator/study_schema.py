@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -137,8 +138,19 @@ class ModelSection(Section):
         return dict(self.options if self.create is None else self.create)
 
 
+def _answers(value: object) -> object:
+    """Passes the number of a vocabulary's answers, or the path of a file that lists them."""
+    counted = isinstance(value, int) and not isinstance(value, bool) and value >= 2
+    if counted or (isinstance(value, str) and value):
+        return value
+    raise broken("must be a whole number from 2, or the path of a file of answers", "for example 3129")
+
+
 class DataSection(Section):
-    """Which images, with their texts where a task has some; ``search_fraction`` of the training ones becomes the search split."""
+    """Which images, with their texts where a task has some.
+
+    ``search_fraction`` of the training ones becomes the search split, unless the data has a validation part for it.
+    """
 
     kind: Literal[
         "digits",
@@ -168,7 +180,7 @@ class DataSection(Section):
     max_text_tokens: Annotated[int, Field(ge=3)] | None = None
     truncation: bool = False
     tokenizer: str | None = None
-    answers: Annotated[int, Field(ge=2)] = 3129
+    answers: Annotated[int | str, BeforeValidator(_answers)] = 3129
     candidates: Annotated[int, Field(ge=2)] = 4
 
 
@@ -370,15 +382,20 @@ class StudyConfig(Section):
     def context(self) -> Context:
         """Returns everything besides recipe and seed that changes a trial's numbers. Reads the data and checkpoint.
 
+        Of a file it holds path and digest, and the digest alone is part of a trial's id.
+
         Raises:
             OSError, ValueError: the data or the checkpoint cannot be read.
         """
         from workers.models import checkpoint_digest  # these import torch
         from workers.tasks import data_digest
+        from workers.tasks.answers import vocabulary_digest
 
         checkpoint = self.model.checkpoint
         unused = set() if self.model.family in VISION_LANGUAGE else set(VISION_LANGUAGE_KEYS)
         data = self.data.model_dump(mode="json", exclude=unused)
+        if isinstance(answers := data.get("answers"), str):
+            data["answers"] = {"path": answers, "digest": vocabulary_digest(Path(answers))}
         return Context(
             model={
                 "family": self.model.family,

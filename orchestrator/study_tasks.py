@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -89,6 +90,22 @@ def data_key_faults(data: object) -> list[Fault]:
                 Fault(f"data.{key}", f"must be left out: it is for {what}", data[key], f"the kind is {data['kind']}")
             )
     return faults
+
+
+def answers_faults(data: object) -> list[Fault]:
+    """Judges a file of answers by reading it."""
+    path = data.get("answers") if isinstance(data, Mapping) else None
+    if task_of(data) != "vqa" or not isinstance(path, str) or not path:
+        return []
+    from workers.tasks import TaskError
+    from workers.tasks.answers import read_vocabulary
+
+    try:
+        read_vocabulary(Path(path))
+    except TaskError as error:
+        rule, _, remedy = str(error).removeprefix(f"data.answers {path}: ").rpartition("; ")
+        return [Fault("data.answers", rule, path, remedy)]
+    return []
 
 
 def _others(wanted: str | None) -> Iterable[str]:
@@ -202,7 +219,9 @@ def _contradictions(
     assert isinstance(data, Mapping)
     patch = settings.get("patch_size", shape.patch_size)
     side = data.get("image_size")
-    answers = data.get("answers", DataSection.model_fields["answers"].default) if task == "vqa" else None
+    standing = DataSection.model_fields["answers"].default
+    answers = data.get("answers", standing) if task == "vqa" else None
+    answers = standing if isinstance(answers, str) else answers  # how many a file lists contradicts no other setting
     facts = {"task": task, "num_classes": answers, "img_size": side if isinstance(side, int) else patch}
     try:
         shape(**{**settings, **facts})

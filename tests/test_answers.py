@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from itertools import combinations
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from workers.tasks import answers
+from workers.tasks import TaskError, answers
 from workers.tasks.answers import SoftScores, agreement, normalise
 
 
@@ -58,6 +61,63 @@ def test_the_vocabulary_holds_the_most_frequent_consensus_answers() -> None:
     assert answers.vocabulary(questions, 3) == ("b", "a", "c")
 
 
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("a.txt", "Yes\nNo.\nAT&T\n2:50 p.m."),
+        ("a.json", ["Yes", "No.", "AT&T", "2:50 p.m."]),
+        ("a.json", {"No.": 1, "2:50 p.m.": 3, "Yes": 0, "AT&T": 2}),  # as published code writes it
+        ("a.json", {"1": "No.", "0": "Yes", "3": "2:50 p.m.", "2": "AT&T"}),  # a model's id2label
+    ],
+)
+def test_names_of_a_vocabulary_are_compared_as_answers_are(name: str, given: Any, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_text(given if isinstance(given, str) else json.dumps(given))
+    names = answers.read_vocabulary(file, answers.vocabulary_digest(file))
+    assert names == ("yes", "no", "at t", "2:50 pm")
+    scores = SoftScores.of([agreement(["No"] * 7 + ["AT&T"] * 3)], names)
+    assert np.asarray(scores)[0].tolist() == pytest.approx([0, 1, 0.9, 0])
+
+
+def test_the_empty_answer_of_the_published_vocabulary_is_a_class_that_no_answer_is(tmp_path: Path) -> None:
+    file = tmp_path / "answers.json"
+    file.write_text(json.dumps({"": 0, "woods": 1}))
+    names = answers.read_vocabulary(file)
+    assert names == ("", "woods")
+    assert np.asarray(SoftScores.of([agreement(["", "?", "woods"])], names))[0].tolist() == pytest.approx([0, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("a.txt", "Yes\nNo.\nyes\n", r"each answer once, line 1 'Yes' and line 3 'yes' are the same \('yes'\)"),
+        ("a.json", '["no", "2", "two"]', r"class 1 '2' and class 2 'two' are the same"),
+        ("a.txt", "yes\n\nno\n", "line 2 must hold an answer, is blank"),
+        ("a.txt", "", "must be a list of texts that is not empty"),
+        ("a.json", '["yes", 3]', "must be a list of texts"),
+        ("a.json", '"yes"', "must be a list of texts"),
+        ("a.json", '{"yes": 1, "no": 2}', "must give the 2 answers the classes 0 to 1, each once"),
+        ("a.json", '{"yes": 0, "no": 0}', "must give the 2 answers the classes 0 to 1, each once"),
+        ("a.json", '{"first": "yes"}', "must give the 1 answers the classes 0 to 0"),
+        ("a.json", "yes", "must be a JSON list of answers, or a text with one a line"),
+    ],
+)
+def test_broken_vocabularies(name: str, given: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(given)
+    with pytest.raises(TaskError, match=message):
+        answers.read_vocabulary(tmp_path / name)
+
+
+def test_another_vocabulary_than_the_studys_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "answers.txt"
+    file.write_text("yes\nno\n")
+    digest = answers.vocabulary_digest(file)
+    assert answers.read_vocabulary(file, digest) == ("yes", "no")
+    file.write_text("no\nyes\n")
+    with pytest.raises(TaskError, match=f"content must be the study's .digest {digest}"):
+        answers.read_vocabulary(file, digest)
+
+
 def test_soft_scores_are_the_dense_matrix() -> None:
     questions = [Counter({"yes": 8, "no": 1, "maybe": 1}), Counter({"2": 3, "3": 2, "no": 5}), Counter({"blue": 10})]
     scores = SoftScores.of(questions, ("no", "yes", "2", "3"))
@@ -75,6 +135,7 @@ def test_vqa_accuracy_by_hand() -> None:
     scores = SoftScores.of(questions, ("yes", "no"))
     logits = np.array([[2.0, 1.0], [0.1, 0.0], [5.0, -5.0], [0.0, 1.0]])  # yes, yes, yes, no
     assert answers.vqa_levels(logits, scores).tolist() == [4, 1, 3, 0]
+    assert answers.vqa_levels(logits[1:3], scores, first=1).tolist() == [1, 3]
     assert answers.vqa_accuracy(logits, scores) == pytest.approx((1.0 + 0.3 + 0.9 + 0) / 4)
 
 

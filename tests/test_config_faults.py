@@ -27,7 +27,7 @@ reference_point: {latency_ms_p50: 3}
 constraints: [top1_drop <= 1, size_bytes is small, params < 1e6]
 techniques:
   tomme:
-  tome: {r: 99, shedule: constant}
+  tome: {r: 999, shedule: constant}
   nystrom: {landmarks: {low: 10, high: 21, step: 4}, iterations: []}
   weight_only: {bits: 9}
   magnitude_prune: {head_ratio: {low: 0.1, high: 0.4, step: 0.07}}
@@ -59,7 +59,7 @@ EXPECTED = {
     "constraints[0]": (9, "must name one of top1_pct", "did you mean top1_pct_drop?"),
     "constraints[1]": (9, "must be a metric, one of <= >= < >, and a number", "size_bytes < 4e6"),
     "techniques.tomme": (11, "must be a known technique", "did you mean tome?"),
-    "techniques.tome.r": (12, "must be from 0 to 64", "the nearest allowed value is 64"),
+    "techniques.tome.r": (12, "must be from 0 to 288", "the nearest allowed value is 288"),
     "techniques.tome.shedule": (12, "must be a parameter of the technique", "did you mean schedule?"),
     "techniques.nystrom.landmarks.high": (13, "must be 10 plus a multiple of the step 4", "18"),
     "techniques.nystrom.iterations": (13, "must have at least one choice", "leave it out"),
@@ -90,7 +90,7 @@ def test_every_fault_of_a_file_is_reported_at_once(tmp_path: Path) -> None:
         assert remedy in fault.remedy, where
     lines = str(caught.value).splitlines()
     assert len(lines) == len(EXPECTED)
-    text = "bad.yaml: techniques.tome.r (line 12): must be from 0 to 64 (got 99); the nearest allowed value is 64"
+    text = "bad.yaml: techniques.tome.r (line 12): must be from 0 to 288 (got 999); the nearest allowed value is 288"
     assert text in lines
     assert [fault.line for fault in caught.value.faults] == sorted(line for line, _, _ in EXPECTED.values())
 
@@ -124,7 +124,7 @@ def test_every_fault_of_a_file_is_reported_at_once(tmp_path: Path) -> None:
             "must have at most max_techniques = 1",
         ),
         ({"recipes": [["tome"]], "max_techniques": 0}, "max_techniques", "must be greater than or equal to 1"),
-        ({"techniques": {"tome": {"r": "many"}}}, "techniques.tome.r", "must be a number from 0 to 64"),
+        ({"techniques": {"tome": {"r": "many"}}}, "techniques.tome.r", "must be a number from 0 to 288"),
         ({"techniques": {"tome": {"r": {"low": 9, "high": 3}}}}, "techniques.tome.r", "must have low <= high"),
         ({"techniques": {"tome": {"r": [2, 2.0]}}}, "techniques.tome.r", "must not repeat a choice"),
         (
@@ -138,7 +138,7 @@ def test_every_fault_of_a_file_is_reported_at_once(tmp_path: Path) -> None:
             "techniques.tome.r.step",
             "must be a positive multiple",
         ),
-        ({"techniques": {"tome": {"r": float("inf")}}}, "techniques.tome.r", "must be from 0 to 64"),
+        ({"techniques": {"tome": {"r": float("inf")}}}, "techniques.tome.r", "must be from 0 to 288"),
         ({"techniques": {"tome": 8}}, "techniques.tome", "must be a mapping"),
         ({"budget": {"time": 0}}, "budget.time", "must be greater than 0"),
     ],

@@ -21,9 +21,10 @@ from workers.measurement import Subject, half_width, make_inputs, measure_speed
 from workers.protocol import Measurement, Recipe, Step, TrialResult, TrialSpec, trial_id
 from workers.protocols import PROTOCOLS
 from workers.run import run_remeasure, run_trial
+from workers.stages import compile_recipe
 from workers.strong_baseline import PROCESS_SIGMA, StrongBaseline, noise_of, with_noise
 from workers.tasks import TaskInfo
-from workers.techniques import registry, versions
+from workers.techniques import fp8, registry, versions
 from workers.techniques.record import defaults
 from workers.ways import as_way, way_names
 
@@ -271,3 +272,42 @@ def test_a_simulated_quantiser_alone_runs_at_the_baselines_own_speed(root: Path,
     assert alone.metrics["latency_ms_p50"] == baseline_row.metrics["latency_ms_p50"]
     assert alone.metrics["throughput_images_per_s_ratio"] == 1
     assert alone.metrics["size_bytes"] < baseline_row.metrics["size_bytes"]
+
+
+def test_the_kernel_of_another_device_claims_no_speed(
+    root: Path, baseline_row: TrialResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial on the CPU of a machine whose GPU has the kernel."""
+    monkeypatch.setattr(fp8, "has_kernel", lambda: True)
+    asked = spec(root, {"fp8": {}})
+    assert asked.context.device == "cpu"
+    result = run_trial(asked)
+    assert result.status == "ok", result.failure
+    assert result.conditions["simulated"] is True
+    assert result.metrics["latency_ms_p50"] == baseline_row.metrics["latency_ms_p50"]
+    assert run_remeasure(asked) == ()
+
+
+@pytest.mark.parametrize(
+    ("surgery", "quantiser"),
+    [({"tome": {"r": 1}}, {"fq_vit": {}}), ({}, {"weight_only": {"bits": 3}}), ({"tome": {"r": 1}}, {})],
+    ids=["behind surgery", "alone", "not quantised"],
+)
+@pytest.mark.usefixtures("baseline_row")
+def test_a_simulated_quantiser_leaves_the_precision_beside_it(
+    root: Path, surgery: dict[str, Any], quantiser: dict[str, Any]
+) -> None:
+    without = {**surgery, "precision": {"dtype": "bf16"}}
+    asked = spec(root, {**without, **quantiser})
+    result = run_trial(asked)
+    assert result.status == "ok", result.failure
+    assert result.conditions["simulated"] is bool(quantiser)
+    own, twin = (compile_recipe(s.recipe, s.seed, s.context) for s in (asked, spec(root, without)))
+    assert {run.key for run in result.stages} == {stage.key for stage in own + twin}
+    speeds = [m for m in result.measurements if m.kind in ("latency", "throughput")]
+    again = run_remeasure(asked)
+    assert [m.kind for m in (*speeds, *again)] == ["latency", "throughput"] * 2
+    for measured in (*speeds, *again):
+        assert measured.conditions["dtype"] == "bfloat16"
+        assert measured.artefact == own[-1].key
+    assert result.metrics["latency_ms_p50_low"] < result.metrics["latency_ms_p50_high"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import weakref
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from workers import artefact, models, tasks
-from workers.evaluation import evaluate
+from workers import artefact, evaluation, models, tasks
+from workers.evaluation import NotFiniteOutput, evaluate, predict_logits
 from workers.protocol import Context, Recipe, Step, TrialResult, TrialSpec
 from workers.protocols import PROTOCOLS
 from workers.run import run_report, run_trial
+from workers.tasks.answers import vqa_accuracy
 from workers.tasks.examples import Examples
 from workers.training import task_loss, train
 
@@ -65,6 +68,39 @@ def test_vqa_accuracy_is_the_mean_score_of_the_chosen_answers() -> None:
     assert [{0: 0, 1: 30, 2: 60, 3: 90, 4: 100}[int(d)] for d in found.levels] == (100 * chosen).round().int().tolist()
 
 
+class Answering(torch.nn.Module):
+    """Gives the rows of a table in turn, and notes how many of its outputs are still held when it is asked for the next."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        super().__init__()
+        self.rows, self.given, self.held = rows, 0, 0
+        self.outputs: list[weakref.ref[torch.Tensor]] = []
+
+    def forward(self, inputs: Any) -> torch.Tensor:
+        self.held = max(self.held, sum(output() is not None for output in self.outputs))
+        found = self.rows[self.given : self.given + len(inputs)].clone()
+        self.given += len(inputs)
+        self.outputs.append(weakref.ref(found))
+        return found
+
+
+def test_logits_of_one_batch_are_held_and_name_the_whole_output() -> None:
+    search = cast(Examples, tasks.load(data("vqa")).search)
+    assert search.answers is not None
+    rows = torch.randn(search.answers.shape, generator=torch.Generator().manual_seed(0))
+    model = Answering(rows)
+    found = evaluate(model, search, device="cpu", batch_size=3)
+    assert model.held <= 1  # that of the batch before
+    assert found.logits_digest == hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
+    assert found.accuracies[0].pct == pytest.approx(100 * vqa_accuracy(rows.numpy(), search.answers))
+    model = Answering(rows)
+    assert torch.equal(predict_logits(model, search, device="cpu", batch_size=3), rows)
+    assert model.held <= 1
+    rows[[4, 9], 0] = torch.tensor([float("nan"), float("inf")])
+    with pytest.raises(NotFiniteOutput, match=f"those of 2 of {len(rows)} examples are not, first of example 4"):
+        evaluate(Answering(rows), search, device="cpu", batch_size=3)
+
+
 def test_retrieval_scores_every_text_with_every_image() -> None:
     loaded = tasks.load(data("retrieval"))
     search = cast(Examples, loaded.search)
@@ -89,6 +125,27 @@ def test_retrieval_scores_every_text_with_every_image() -> None:
     best_image = scores.argmax(axis=0) == owner
     assert (text.correct, text.total) == (best_text.sum(), len(search.images))
     assert (image.correct, image.total) == (best_image.sum(), len(ids))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_text_is_encoded_once_a_pass_with_the_same_scores(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tasks.load({**data("retrieval"), "search_limit": 4, **({"max_text_tokens": 16} if padded else {})})
+    search = cast(Examples, loaded.search)
+    assert search.padded == padded
+    torch.manual_seed(0)
+    model = cast(Any, models.build(model_section("meter"), loaded.info)).eval()
+    calls: list[int] = []
+    model.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    once = evaluate(model, search, device="cpu", batch_size=5)
+    assert len(search.texts) == 12
+    assert len(calls) == 3  # 5, 5 and 2 texts, for the first of four pictures
+    monkeypatch.setattr(evaluation, "TEXT_BYTES", 1)
+    room_for_five = evaluate(model, search, device="cpu", batch_size=5)
+    assert len(calls) == 3 + 1 + 4 * 2
+    monkeypatch.setattr(evaluation, "TEXT_BYTES", 0)
+    again = evaluate(model, search, device="cpu", batch_size=5)
+    assert len(calls) == 12 + 4 * 3
+    assert once == room_for_five == again  # the digest of the scores too
 
 
 def test_losses_of_the_tasks() -> None:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests import vl_layouts
-from tests.vl_layouts import LAYOUTS, SIZE, entailment, lines, nlvr1, rows, vqa
+from tests.vl_layouts import LAYOUTS, SIZE, entailment, jpg, lines, nlvr1, retrieval, rows, vqa
 from workers import tasks
 from workers.tasks import TaskError, tokenisers
 from workers.tasks.examples import Examples
@@ -94,18 +94,120 @@ def test_broken_vqa_files(tmp_path: Path) -> None:
         tasks.load(data)
 
 
+def change(file: Path, key: str, number: int, value: Any) -> None:
+    """Puts ``value`` into a list of a JSON file; a mapping changes the entry's keys, None removing one."""
+    found = json.loads(file.read_text())
+    if isinstance(value, dict):
+        merged = {**found[key][number], **value}
+        value = {name: one for name, one in merged.items() if one is not None}
+    found[key][number] = value
+    file.write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize(
+    ("what", "value", "message"),
+    [
+        ("questions", "Is it?", r"questions\.json questions\[2\]: must be a JSON object, is str"),
+        (
+            "questions",
+            {"question_id": None},
+            r"questions\[2\]: must have the key 'question_id', has image_id, question",
+        ),
+        ("questions", {"question_id": [2]}, r"questions\[2\]: question_id must be a whole number, got \[2\]"),
+        ("questions", {"image_id": "abc"}, r"questions\.json question 2: image_id must be a whole number, got 'abc'"),
+        ("questions", {"image_id": 1.5}, "question 2: image_id must be a whole number, got 1.5"),
+        ("annotations", 7, r"annotations\.json annotations\[2\]: must be a JSON object, is int"),
+        ("annotations", {"answers": "yes"}, r"questions\.json question \d+: must have a list of answers, has str"),
+        (
+            "annotations",
+            {"answers": [{"answer": "yes"}] + [{}] * 9},
+            r"question \d+: must have the answers of 10 .* has 1",
+        ),
+    ],
+)
+def test_a_broken_entry_of_vqa_is_named(what: str, value: Any, message: str, tmp_path: Path) -> None:
+    data = vqa(tmp_path)
+    stem = "v2_OpenEnded_mscoco" if what == "questions" else "v2_mscoco"
+    change(tmp_path / f"{stem}_train2014_{what}.json", what, 2, value)
+    with pytest.raises(TaskError, match=message):
+        tasks.load(data)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("text", r"dataset_flickr30k\.json images\[2\]: must be a JSON object, is str"),
+        ({"filename": None}, r"images\[2\]: must have the key 'filename'"),
+        ({"split": "Train"}, r"image 2\.jpg: split must be one of train, restval, val, test, got 'Train'"),
+        ({"split": None}, r"image 2\.jpg: split must be one of train, restval, val, test, got None"),
+        ({"sentences": ["text"]}, r"image 2\.jpg sentence 0: must be a JSON object, is str"),
+        (
+            {"sentences": [{"raw": "A dog."}, {}]},
+            r"image 2\.jpg sentence 1: must have a text with its picture, has none",
+        ),
+        ({"sentences": "text"}, r"image 2\.jpg: must have a list of sentences with its picture, has none"),
+    ],
+)
+def test_a_broken_image_of_retrieval_is_named(value: Any, message: str, tmp_path: Path) -> None:
+    data = retrieval(tmp_path)
+    change(tmp_path / "dataset_flickr30k.json", "images", 2, value)
+    with pytest.raises(TaskError, match=message):
+        tasks.load(data)
+
+
+def test_lists_that_are_none(tmp_path: Path) -> None:
+    data = retrieval(tmp_path)
+    (tmp_path / "dataset_flickr30k.json").write_text('{"images": {"0": {}}}')
+    with pytest.raises(TaskError, match=r"must be a JSON object with a list 'images': it is dict"):
+        tasks.load(data)
+
+
+def test_two_pictures_of_one_name_are_a_fault_where_it_is_shown(tmp_path: Path) -> None:
+    data = entailment(tmp_path)
+    jpg(tmp_path / "old" / "unused.jpg")
+    jpg(tmp_path / "older" / "unused.jpg", 9)
+    tasks.load(data)
+    jpg(tmp_path / "another" / "train1.jpg", 200)
+    places = r"another/train1\.jpg, flickr30k_images/train1\.jpg"
+    with pytest.raises(
+        TaskError, match=rf"train\.jsonl line 5: its picture train1\.jpg must lie once .* as {places}; keep"
+    ):
+        tasks.load(data)
+
+
 def test_an_unknown_answer_vocabulary_is_refused(tmp_path: Path) -> None:
     data, names = vqa(tmp_path / "data"), tmp_path / "answers.txt"
     names.write_text("dog\ncat\n")
     unknown = {**data, "answers": str(names)}
-    with pytest.raises(TaskError, match=r"question 0: 'no', 'maybe so' and all other answers of the train part"):
+    message = (
+        r"question 0: no answer of it \('no', 'maybe so'\) is in the answer vocabulary of .*answers\.txt \(2: dog, cat"
+    )
+    with pytest.raises(TaskError, match=message):
         tasks.load(unknown)
-    names.write_text("yes\nyes\n")
-    with pytest.raises(TaskError, match="must name each answer once, 'yes' is there twice"):
+    names.write_text("Yes\nNo.\nyes\n")
+    with pytest.raises(TaskError, match="must name each answer once, line 1 'Yes' and line 3 'yes' are the same"):
         tasks.load(unknown)
     names.unlink()
-    with pytest.raises(TaskError, match=r"data\.answers .*answers\.txt: must be a JSON list of answers"):
+    with pytest.raises(
+        TaskError, match=r"data\.answers .*answers\.txt: must be a readable file of answers: No such file"
+    ):
         tasks.load(unknown)
+
+
+def test_a_vocabulary_that_shares_an_answer_with_the_data_is_still_foreign(tmp_path: Path) -> None:
+    """Fifty other answers and "maybe so", which some questions have: 7 of 20 in the training part."""
+    data, names = vqa(tmp_path / "data"), tmp_path / "answers.txt"
+    names.write_text("\n".join([*(f"animal {number}" for number in range(50)), "maybe so"]))
+    with pytest.raises(TaskError, match=r"has answers to 35\.0 % of the train part's 20 questions; at least 50 % must"):
+        tasks.load({**data, "answers": str(names)})
+    names.write_text("no\nmaybe so\nanimal\n")
+    assert len(tasks.load({**data, "answers": str(names)}).train) > 0
+    annotations = tmp_path / "data" / "v2_mscoco_val2014_annotations.json"
+    annotations.write_text(annotations.read_text().replace('"no"', '"dog"').replace('"yes"', '"cat"'))
+    with pytest.raises(
+        TaskError, match=r"val2014_questions\.json question 1: no answer .* 33\.3 % of the test part's 3"
+    ):
+        tasks.load({**data, "answers": str(names)})
 
 
 @pytest.mark.parametrize(
@@ -122,6 +224,7 @@ def test_an_unknown_answer_vocabulary_is_refused(tmp_path: Path) -> None:
         ("nlvr1", {"image": (3, b"no picture")}, r"a\.parquet row 3: must be a PNG or JPEG image"),
         ("nlvr1", {"image": (3, None)}, r"a\.parquet row 3: an image column must hold the bytes"),
         ("nlvr1", {"split": (0, "extra")}, None),
+        ("nlvr1", {"split": (3, "Train")}, r"a\.parquet row 3: the part 'Train' must be written 'train'"),
     ],
 )
 def test_a_broken_table_is_named(kind: str, change: dict[str, Any], message: str | None, tmp_path: Path) -> None:

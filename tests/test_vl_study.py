@@ -99,6 +99,32 @@ def test_a_checkpoint_may_be_a_downloaded_models_folder(tmp_path: Path) -> None:
     assert load_study(study(model=model)).model.checkpoint == str(tmp_path)
 
 
+def test_a_file_of_answers_is_named_in_the_study_and_known_by_its_content(tmp_path: Path) -> None:
+    import yaml
+
+    ids = []
+    for folder, names in (("a", "yes\nno\nred\n"), ("b", "yes\nno\nred\n"), ("c", "no\nyes\nred\n")):
+        place = tmp_path / folder
+        place.mkdir()
+        (place / "answers.txt").write_text(names)
+        file = place / "study.yaml"
+        file.write_text(yaml.safe_dump(study(data={"kind": "digit_vqa", "answers": "answers.txt"})))
+        found = load_study(file)
+        assert found.data.answers == str(place / "answers.txt")
+        assert StudyConfig.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+        context = found.context()
+        assert context.data["answers"]["path"] == str(place / "answers.txt")
+        ids.append(context.digest)
+    assert ids[0] == ids[1] != ids[2]
+    counted = load_study(study()).context()
+    assert counted.data["answers"] == 3129
+    (place / "answers.txt").unlink()
+    fault = faults_of(file)["data.answers"]
+    assert fault.rule.startswith("must be a readable file of answers: No such file")
+    assert fault.remedy == "name one, or the number of the most frequent answers"
+    assert str(load_study(file, check_files=False).data.answers).endswith("answers.txt")  # it runs elsewhere
+
+
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 BAD = """
@@ -185,6 +211,22 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
             "must be false for meter_b16",
         ),
         ({"data": {"kind": "digit_nlvr", "answers": 10}, "objectives": ["top1_pct"]}, "data.answers", "it is for vqa"),
+        (
+            {"data": {"kind": "digit_nlvr", "answers": "a.txt"}, "objectives": ["top1_pct"]},
+            "data.answers",
+            "it is for vqa",
+        ),
+        ({"data": {"kind": "digit_vqa", "answers": 1}}, "data.answers", "must be a whole number from 2, or the path"),
+        (
+            {"data": {"kind": "digit_vqa", "answers": True}},
+            "data.answers",
+            "must be a whole number from 2, or the path",
+        ),
+        (
+            {"data": {"kind": "digit_vqa", "answers": str(Path(__file__).parent)}},
+            "data.answers",
+            "must be a readable file",
+        ),
         (
             {"data": {"kind": "digit_retrieval", "candidates": 8}},
             "objectives[0]",

@@ -16,7 +16,7 @@ import torch
 from tests import vl_layouts
 from tests.vl_layouts import COUNTS, LAYOUTS, SIZE, entailment, jpg, nlvr1, nlvr2, retrieval, rows, save_to_disk, vqa
 from workers import tasks
-from workers.tasks import TaskError, corpus, published_layouts, vision_language
+from workers.tasks import TaskError, answers, corpus, published_layouts, vision_language
 
 NLVR1 = Path(__file__).parent.parent.parent / "shared" / "data" / "nlvr1.parquet"
 
@@ -195,6 +195,56 @@ def test_changed_files_are_refused_and_limits_leave_the_model_alone(tmp_path: Pa
     jpg(tmp_path / "train2014" / f"COCO_train2014_{0:012d}.jpg", 77)
     with pytest.raises(TaskError, match=f"content must be the study's .digest {digest}"):
         tasks.load({**data, "digest": digest})
+
+
+def said(split: Any, task: Any) -> set[str]:
+    """The texts of a split, of the word tokeniser."""
+    words = task.text["tokenizer"]["vocabulary"]
+    return {" ".join(words[i] for i in row if i > 2) for row in split.texts.tolist()}
+
+
+def test_karpathys_validation_part_is_the_search_split(tmp_path: Path) -> None:
+    """Scoring all pairs of a fifth of Flickr30k's 29,000 training pictures would be 168 million of them, of these 5."""
+    data = retrieval(tmp_path, val=3)
+    task: Any = tasks.load({**data, "search_fraction": 0.5})
+    assert [len(split.images) for split in (task.train, task.search, task.report)] == [10, 3, 3]
+    # numbers of pictures that are no training text's word are unknown to the tokeniser: 10, 11, 12
+    assert all("[UNK]" in text for text in said(task.search, task))
+    assert not any("[UNK]" in text for text in said(task.train, task))
+    assert np.bincount(task.search.picture_of_text).tolist() == [5, 5, 5]
+    few: Any = tasks.load({**data, "search_limit": 2})
+    assert (len(few.search.images), len(few.search.texts)) == (2, 10)
+    assert len(few.train.images) == 10
+    without: Any = tasks.load({**retrieval(tmp_path / "without", val=0), "search_fraction": 0.3})
+    assert [len(split.images) for split in (without.train, without.search, without.report)] == [7, 3, 3]
+
+
+def test_a_tables_validation_part_is_the_search_split_of_retrieval_alone(tmp_path: Path) -> None:
+    for kind, wanted in (("retrieval", [14, 4, 2]), ("nlvr1", [12, 2, 2])):
+        found = rows(kind)
+        found["split"] = ["train"] * 14 + ["val"] * 4 + ["test"] * 2
+        pq.write_table(pa.table(found), tmp_path / f"{kind}.parquet")
+        task: Any = tasks.load({"kind": kind, "path": str(tmp_path / f"{kind}.parquet"), "image_size": SIZE})
+        sizes = [
+            len(split.images if kind == "retrieval" else split) for split in (task.train, task.search, task.report)
+        ]
+        assert sizes == wanted
+
+
+def test_a_file_of_answers_is_known_by_its_content(tmp_path: Path) -> None:
+    data, file = vqa(tmp_path / "data"), tmp_path / "answers.txt"
+    file.write_text("No.\nYes\n")
+    data["digest"] = tasks.data_digest(data)
+    one: Any = tasks.load({**data, "answers": str(file)})
+    assert one.info.class_names == ("no", "yes")
+    known = {"path": str(tmp_path / "moved.txt"), "digest": answers.vocabulary_digest(file)}
+    again: Any = tasks.load({**data, "path": "gone", "answers": known})  # the node remembers it
+    assert np.array_equal(np.asarray(again.report.answers), np.asarray(one.report.answers))
+    file.write_text("yes\nno\n")
+    other: Any = tasks.load({**data, "answers": str(file)})
+    assert other.info.class_names == ("yes", "no")
+    with pytest.raises(TaskError, match=r"answers\.txt: content must be the study's"):
+        tasks.load({**data, "train_limit": 3, "answers": {**known, "path": str(file)}})
 
 
 def test_limits_of_retrieval_count_pictures(tmp_path: Path) -> None:

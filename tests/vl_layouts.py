@@ -88,9 +88,9 @@ def nlvr1(root: Path) -> dict[str, Any]:
     return {"kind": "nlvr1", "path": str(root), "image_size": SIZE}
 
 
-def retrieval(root: Path) -> dict[str, Any]:
+def retrieval(root: Path, val: int = 1) -> dict[str, Any]:
     images = []
-    for number, split in enumerate(["train"] * 10 + ["val"] + ["test"] * 3):
+    for number, split in enumerate(["train"] * 10 + ["val"] * val + ["test"] * 3):
         jpg(root / "flickr30k-images" / f"{number}.jpg", 15 * number)
         said = [{"raw": f"Picture {number} said way {way}."} for way in range(5)]
         images.append({"filename": f"{number}.jpg", "split": split, "sentences": said})
@@ -99,7 +99,7 @@ def retrieval(root: Path) -> dict[str, Any]:
 
 
 LAYOUTS = {"vqa": vqa, "entailment": entailment, "nlvr2": nlvr2, "nlvr1": nlvr1, "retrieval": retrieval}
-COUNTS = {"vqa": (20, 3), "entailment": (9, 3), "nlvr2": (8, 3), "nlvr1": (12, 3), "retrieval": (50, 15)}
+COUNTS = {"vqa": (20, 3), "entailment": (9, 3), "nlvr2": (8, 3), "nlvr1": (12, 3), "retrieval": (55, 15)}
 
 
 def rows(kind: str, count: int = 20) -> dict[str, list[Any]]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from workers.inputs import Inputs
 from workers.tasks.answers import SCORES, image_ranks, text_ranks, vqa_levels
 from workers.tasks.batches import LabelledData
 
@@ -21,6 +22,9 @@ BATCH_SIZE = 256
 
 if TYPE_CHECKING:
     from workers.tasks.examples import Examples
+
+TEXT_BYTES = 1 << 30
+"""About as much the features of a retrieval split's texts may take on the device; Flickr30k's 5,070 take 0.5 GB in METER."""
 
 RECALLS = (1, 5, 10)
 """Ranks of retrieval; the first is an objective."""
@@ -84,9 +88,10 @@ def predict_logits(
     batch_size: int = BATCH_SIZE,
     tick: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Returns the logits of every example in the split's order: (N, classes) float32 on the CPU.
+    """Returns the logits of every example in the split's order: (N, classes) float32 on the CPU, held once.
 
-    The model runs in eval mode and is put back into the mode it had.
+    The model runs in eval mode and is put back into the mode it had. The tensor is an ordinary one, which can take part in
+    a training, unlike those made in inference mode.
 
     Args:
         tick: called after every batch, when the device is idle.
@@ -94,17 +99,43 @@ def predict_logits(
     Raises:
         NotFiniteOutput: a logit is NaN or infinite.
     """
-    found = []
+    whole: list[NDArray[np.float32]] = []
+
+    def keep(first: int, logits: NDArray[np.float32]) -> None:
+        if not whole:
+            whole.append(np.empty((len(split), logits.shape[1]), dtype=np.float32))
+        whole[0][first : first + len(logits)] = logits
+
+    _visit(model, split, keep, device, batch_size, tick)
+    return torch.from_numpy(whole[0])
+
+
+def _visit(
+    model: nn.Module,
+    split: LabelledData,
+    take: Callable[[int, NDArray[np.float32]], None],
+    device: torch.device | str,
+    batch_size: int,
+    tick: Callable[[], None],
+) -> None:
+    """Gives ``take`` the logits (b, classes) of each batch in the split's order, with the row of their first example.
+
+    Raises:
+        NotFiniteOutput: a logit is NaN or infinite; after the last batch, so that all of them are counted.
+    """
+    bad: list[int] = []
 
     def run() -> None:
+        first = 0
         for _, inputs, _ in split.batches(batch_size, device=device):
-            found.append(model(inputs).float().cpu())
+            logits = model(inputs).float().cpu().contiguous().numpy()
+            bad.extend((first + _not_finite(logits)).tolist())
+            take(first, logits)
+            first += len(logits)
             tick()
 
     _in_eval_mode(model, run)
-    logits = torch.cat(found)
-    _require_finite(logits, "images" if split.task == "image_classification" else "examples")
-    return logits.clone()  # an ordinary tensor: one made in inference mode cannot take part in a training
+    _require_none(bad, len(split), "images" if split.task == "image_classification" else "examples")
 
 
 def evaluate(
@@ -115,14 +146,23 @@ def evaluate(
     batch_size: int = BATCH_SIZE,
     tick: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Returns the accuracies of ``model`` over ``split``; see :func:`predict_logits`."""
+    """Returns the accuracies of ``model`` over ``split``; see :func:`predict_logits`. Logits are held for a batch only."""
     if split.task == "retrieval":
         return _retrieval(model, cast("Examples", split), device, batch_size, tick)
-    logits = predict_logits(model, split, device=device, batch_size=batch_size, tick=tick)
-    if split.task == "vqa":
-        return Evaluation((_vqa(logits, cast("Examples", split)),), _digest(logits))
-    right = (logits.argmax(dim=1) == torch.from_numpy(split.labels)).numpy()
-    return Evaluation((_share("top1_pct", right),), _digest(logits))
+    scores = cast("Examples", split).answers if split.task == "vqa" else None
+    judged = np.empty(len(split), dtype=np.int64)  # whether an answer is right; for VQA how many gave it
+    seen = hashlib.sha256()
+
+    def judge(first: int, logits: NDArray[np.float32]) -> None:
+        seen.update(logits.data)
+        rows = slice(first, first + len(logits))
+        judged[rows] = (
+            logits.argmax(axis=1) == split.labels[rows] if scores is None else vqa_levels(logits, scores, first)
+        )
+
+    _visit(model, split, judge, device, batch_size, tick)
+    accuracy = _share("top1_pct", judged.astype(bool)) if scores is None else _vqa(judged)
+    return Evaluation((accuracy,), _short(seen))
 
 
 def _share(metric: str, right: NDArray[np.bool_]) -> Accuracy:
@@ -133,10 +173,8 @@ def _share(metric: str, right: NDArray[np.bool_]) -> Accuracy:
     return Accuracy(metric, correct, len(right), 100 * correct / len(right), 100 * low, 100 * high, correct_bits=bits)
 
 
-def _vqa(logits: Tensor, split: Examples) -> Accuracy:
-    """Makes the VQA accuracy of logits (N, A): the mean score of the answers that have the highest ones."""
-    assert split.answers is not None
-    levels = vqa_levels(logits.numpy(), split.answers)
+def _vqa(levels: NDArray[np.int64]) -> Accuracy:
+    """Makes the VQA accuracy: the mean score of answers that so many annotators gave, (N,), capped at 4."""
     scores = SCORES[levels].astype(np.float64)
     mean = float(scores.mean())
     half = Z_95 * float(scores.std(ddof=1 if len(scores) > 1 else 0)) / math.sqrt(len(scores))
@@ -152,19 +190,44 @@ def _retrieval(
     assert split.picture_of_text is not None
     of_text = split.picture_of_text
     scores = torch.full((len(split.images), len(split.texts)), float("nan"))
+    known = _KnownTexts(model)
 
     def run() -> None:
         for images, texts, inputs in split.pairs(batch_size, device):
             rows, columns = torch.from_numpy(images), torch.from_numpy(texts)
-            scores[rows[:, None], columns] = model(inputs).float().cpu()
+            scores[rows[:, None], columns] = model(known.added(int(texts[0]), inputs)).float().cpu()
             tick()
 
     _in_eval_mode(model, run)
-    _require_finite(scores, "images")
-    ranks = {"text_recall": text_ranks(scores.numpy(), of_text), "image_recall": image_ranks(scores.numpy(), of_text)}
-    accuracies = tuple(_share(f"{name}{RECALLS[0]}_pct", found < RECALLS[0]) for name, found in ranks.items())
-    more = {f"{name}{k}_pct": 100 * float((found < k).mean()) for name, found in ranks.items() for k in RECALLS[1:]}
-    return Evaluation(accuracies, _digest(scores), more)
+    found = scores.numpy()
+    _require_none(_not_finite(found).tolist(), len(found), "images")
+    ranks = {"text_recall": text_ranks(found, of_text), "image_recall": image_ranks(found, of_text)}
+    accuracies = tuple(_share(f"{name}{RECALLS[0]}_pct", rank < RECALLS[0]) for name, rank in ranks.items())
+    more = {f"{name}{k}_pct": 100 * float((rank < k).mean()) for name, rank in ranks.items() for k in RECALLS[1:]}
+    return Evaluation(accuracies, _short(hashlib.sha256(found.data)), more)
+
+
+class _KnownTexts:
+    """Features of texts that a model encodes without looking at an image, kept over one pass up to :data:`TEXT_BYTES`.
+
+    Only for batches of one image: the same texts together give the same features to the last bit.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._encode: Any = getattr(model, "encode_text", None)
+        self._kept: dict[int, Tensor] = {}
+        self._bytes = 0
+
+    def added(self, first: int, inputs: Inputs) -> Inputs:
+        """Returns the inputs with the features of their texts, of which ``first`` is the row of the first, where there is room."""
+        if self._encode is None or len(inputs) > 1:
+            return inputs
+        if first not in self._kept:
+            if self._bytes >= TEXT_BYTES:
+                return inputs
+            self._kept[first] = self._encode(inputs)[0][None]
+            self._bytes += self._kept[first].nbytes
+        return inputs.replace(text_features=self._kept[first])
 
 
 def _in_eval_mode(model: nn.Module, run: Callable[[], None]) -> None:
@@ -177,16 +240,20 @@ def _in_eval_mode(model: nn.Module, run: Callable[[], None]) -> None:
         model.train(training)
 
 
-def _require_finite(logits: Tensor, what: str) -> None:
-    bad = (~torch.isfinite(logits).all(dim=1)).nonzero().flatten()
-    if len(bad):
+def _not_finite(logits: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Returns the rows of logits (N, classes) that hold NaN or infinity."""
+    return np.flatnonzero(~np.isfinite(logits).all(axis=1))
+
+
+def _require_none(bad: Sequence[int], total: int, what: str) -> None:
+    if bad:
         raise NotFiniteOutput(
-            f"logits must be finite; those of {len(bad)} of {len(logits)} {what} are not, first of {what[:-1]} {int(bad[0])}"
+            f"logits must be finite; those of {len(bad)} of {total} {what} are not, first of {what[:-1]} {bad[0]}"
         )
 
 
-def _digest(logits: Tensor) -> str:
-    return hashlib.sha256(logits.numpy().tobytes()).hexdigest()[:16]
+def _short(seen: hashlib._Hash) -> str:
+    return seen.hexdigest()[:16]
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:

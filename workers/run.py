@@ -16,18 +16,21 @@ import torch
 from torch import nn
 
 from workers import artefact, counting, evaluation, stages
-from workers.affine import unquantised
+from workers.affine import NotQuantisable, unquantised
 from workers.deadline import Deadline, DeadlineExceeded, guard
 from workers.lane import Lane
 from workers.made_inputs import make_inputs
 from workers.peak_memory import NotTellable
-from workers.protocol import Measurement, StageRun, TrialResult, TrialSpec
+from workers.protocol import Measurement, Recipe, StageRun, TrialResult, TrialSpec
 from workers.provenance import provenance
 from workers.quantities import PEAK, SPEEDS, Quantities
 from workers.storage import open_storage
 from workers.training import TrainingDiverged
 
 Attempt = Callable[[TrialSpec], TrialResult]
+
+_REFUSALS = (stages.Infeasible, NotQuantisable, TrainingDiverged, evaluation.NotFiniteOutput, NotTellable)
+"""What says that this recipe cannot be had on this model and device, whoever tries it."""
 
 
 class StorageNotSeen(Exception):
@@ -75,7 +78,7 @@ def classify(error: BaseException) -> str:
     """Returns the failure class of an exception raised inside a trial."""
     if isinstance(error, DeadlineExceeded):
         return "timeout"
-    if isinstance(error, stages.Infeasible | TrainingDiverged | evaluation.NotFiniteOutput | NotTellable):
+    if isinstance(error, _REFUSALS):
         return "infeasible"
     if isinstance(error, torch.OutOfMemoryError):
         return "cuda_oom"
@@ -147,16 +150,46 @@ def _stages_and_numbers(spec: TrialSpec, bench: stages.Workbench, outcome: _Outc
     outcome.metrics["params"] = float(counting.count_params(counted))
     outcome.metrics["macs"] = float(counting.count_macs(counted, make_inputs(bench.task.info, "cpu", 1)))
     _evaluate(bench, spec, model, last.key, outcome)
-    simulated = any(t.simulated(c) for t, c in stages.resolve(spec.recipe.steps))
-    timed, of = (counted, twin) if simulated else (model, last)
-    # A simulated quantiser of the uncompressed model runs at that model's own speed, by definition.
-    _measure(bench, spec, timed, last.key, of.key == bench.baseline_key, outcome)
+    simulated, timed = timed_as(spec, bench.device.type)
     outcome.conditions["simulated"] = simulated
+    if {*SPEEDS.values(), PEAK} & set(spec.objectives):
+        if simulated and timed.key == twin.key:
+            model = counted
+        elif simulated:
+            model, run = _twin(bench, plan, timed)
+            outcome.stages += run
+        # A simulated quantiser of the uncompressed model runs at that model's own speed, by definition.
+        _measure(bench, spec, model, last.key, timed.key == bench.baseline_key, outcome)
     _check_finite(outcome.metrics)
     missing = sorted(set(spec.objectives) - outcome.metrics.keys())
     if missing:
         raise NotTellable(f"no value for {', '.join(missing)} on {bench.device.type}")
     outcome.artefact = stages.prefix(last.key)
+
+
+def timed_as(spec: TrialSpec, device: str) -> tuple[bool, stages.Stage]:
+    """Returns whether a quantiser is simulated on a device of that kind, and the stage whose model is timed.
+
+    That is the trial's last stage; with a simulated quantiser the last of the recipe without it, so that ``precision`` beside
+    it still counts. One that takes part in the training stays: another training would make another model, and
+    :func:`workers.affine.unquantised` takes it out of this one.
+    """
+    steps = stages.resolve(spec.recipe.steps)
+    marks = [technique.simulated(config, device) for technique, config in steps]
+    kept = tuple(
+        step
+        for step, (technique, _), mark in zip(spec.recipe.steps, steps, marks, strict=True)
+        if technique.stage == "surgery" or not mark
+    )
+    return any(marks), stages.compile_recipe(Recipe(kept), spec.seed, spec.context)[-1]
+
+
+def _twin(
+    bench: stages.Workbench, plan: tuple[stages.Stage, ...], timed: stages.Stage
+) -> tuple[nn.Module, list[StageRun]]:
+    """Loads the unquantised model of a stage, which is run first where it is none of the trial's own."""
+    run = [] if timed.key in {stage.key for stage in plan} else [bench.ensure(timed)]
+    return unquantised(bench.load(timed.key)), run
 
 
 def _evaluate(bench: stages.Workbench, spec: TrialSpec, model: nn.Module, key: str, outcome: _Outcome) -> None:
@@ -202,8 +235,6 @@ def _measure(
     bench: stages.Workbench, spec: TrialSpec, model: nn.Module, key: str, is_baseline: bool, outcome: _Outcome
 ) -> None:
     """Measures speed and memory against the strong baseline, alone on the device."""
-    if not {*SPEEDS.values(), PEAK} & set(spec.objectives):
-        return
     with bench.lane.exclusive(), bench.timed("measure"):
         found = Quantities(bench, spec, model, key, is_baseline).measure()
     outcome.metrics |= found.metrics
@@ -252,11 +283,10 @@ def run_remeasure(spec: TrialSpec) -> tuple[Measurement, ...]:
     """
     bench = workbench(replace(spec, timeout_s=None), Deadline(None), {})
     plan = stages.compile_recipe(spec.recipe, spec.seed, spec.context)
-    simulated = any(t.simulated(c) for t, c in stages.resolve(spec.recipe.steps))
-    timed = plan[-2] if simulated and plan[-1].kind == "conversion" else plan[-1]
+    simulated, timed = timed_as(spec, bench.device.type)
     if timed.key == bench.baseline_key:
         return ()
-    model = unquantised(bench.load(timed.key)) if simulated else bench.load(timed.key)
+    model = _twin(bench, plan, timed)[0] if simulated else bench.load(timed.key)
     with bench.lane.exclusive():
         quantities = Quantities(bench, spec, model, plan[-1].key, is_baseline=False)
         return tuple(quantities.speed(kind) for kind, objective in SPEEDS.items() if objective in spec.objectives)

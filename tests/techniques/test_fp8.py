@@ -185,8 +185,15 @@ def test_bytes_keep_their_type_when_the_model_is_converted() -> None:
     assert torch.equal(found.to(torch.bfloat16).weight, before)
 
 
-def test_without_a_kernel_no_speed_is_claimed() -> None:
-    assert fp8.TECHNIQUE.simulated(Config()) or torch.cuda.is_available()
+@pytest.mark.skipif(torch.version.hip is not None, reason="AMD's devices have no kernel of this format")
+@pytest.mark.parametrize("capability", [None, (8, 0), (8, 6), (8, 9), (9, 0), (10, 0)])
+def test_a_speed_is_claimed_only_where_the_trial_s_device_has_the_kernel(
+    capability: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert fp8.TECHNIQUE.simulated(Config(), "cpu")  # whatever device is beside it
+    assert fp8.TECHNIQUE.simulated(Config(), "cuda") is (capability in (None, (8, 0), (8, 6)))
 
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a PyTorch that was built with CUDA; no device")

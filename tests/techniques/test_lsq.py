@@ -189,9 +189,10 @@ def test_eight_bits_go_to_the_integer_kernel(name: str, variant: str, last_layer
     assert torch.equal(logits(skeleton), found)
     twin = unquantised(model)
     assert count_params(twin) == count_params(vit(variant))
-    assert technique.simulated(config) is no_kernel()
-    assert technique.simulated(technique.Config(weight_bits=7))
-    assert technique.simulated(technique.Config(weight_bits=8, activation_bits=0))
+    for device in ("cpu", "cuda"):
+        assert technique.simulated(config, device) is no_kernel(config, device)
+        assert technique.simulated(technique.Config(weight_bits=7), device)
+        assert technique.simulated(technique.Config(weight_bits=8, activation_bits=0), device)
 
 
 @pytest.mark.parametrize("name", ["lsq", "qat"])
@@ -251,11 +252,14 @@ def test_constant_and_zero_weights_and_inputs() -> None:
     assert step.tolist() == pytest.approx([2 * 0.25 / math.sqrt(3)])  # the level next to it
 
 
-@pytest.mark.parametrize("where", ["weight", "bias"])
+@pytest.mark.parametrize("where", ["weight", "input"])
 def test_nan_is_an_error_with_the_layer_s_name(where: str) -> None:
     model = vit()
-    getattr(model.blocks[1].mlp.fc1, where).data[3] = float("nan")
-    named = "the weight of blocks.1.mlp.fc1" if where == "weight" else "what comes into blocks.1.mlp.fc2"
+    if where == "weight":
+        model.blocks[1].mlp.fc1.weight.data[3] = float("nan")
+    else:
+        model.blocks[1].norm2.weight.data[2] = 3e38  # finite, but not what the norm gives out
+    named = "the weight of blocks.1.mlp.fc1" if where == "weight" else "what comes into blocks.1.mlp.fc1"
     with pytest.raises(NotQuantisable, match=f"{named} must be finite"):
         TECHNIQUE.apply(model, Config(), surroundings(model))
 

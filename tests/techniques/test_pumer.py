@@ -1,10 +1,8 @@
-"""PuMer: METHODS' traces and counts, a layer of each backbone against a slow one, modalities apart, padding, parts, artefacts."""
+"""PuMer's mathematics: METHODS' traces and counts, layers by name, and layers of each backbone against slow ones."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.techniques.vlm import FAMILIES, apply, describe, padded, vlm
-from tests.vision_language import CLASSES, batch, macs
-from workers import artefact
-from workers.models import meter, model_info, vilt
-from workers.techniques.distill import soft_loss
-from workers.techniques.joint_tokens import LAYER_NAMES, Seen, Stream, chosen_layers, layers_fault
+from orchestrator.space import SearchSpace
+from orchestrator.study_techniques import resolve_techniques
+from tests.techniques.vlm import apply, vlm
+from tests.vision_language import macs
+from workers.models import meter, vilt
+from workers.protocol import Recipe, Step
+from workers.techniques.joint_tokens import HIDDEN, LAYER_NAMES, Stream, chosen_layers, layers_fault, numbers_fault
 from workers.techniques.merging import Matching
 from workers.techniques.pumer import (
     TECHNIQUE,
@@ -29,11 +28,7 @@ from workers.techniques.pumer import (
     share,
     token_counts,
 )
-from workers.techniques.record import LossInputs
-
-every_family = pytest.mark.parametrize("family", FAMILIES)
-NOTHING: dict[str, Any] = {"prune": 0.0, "image_merge": 0.0, "text_merge": 0.0}
-STRONG: dict[str, Any] = {"layers": "0,2", "prune": 0.3, "image_merge": 0.3, "text_merge": 0.3}
+from workers.techniques.record import config_faults, defaults, make_config
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -56,13 +51,26 @@ def test_shares_round_a_half_to_the_even_number() -> None:
     assert Ratios(0.0, 0.5, 0.5, True).image(9) == (9, 0)  # as published, no pruning switches the merging off
 
 
-@pytest.mark.parametrize(("layers", "expected"), [("2,5,8", 8.70), ("2,4,6,8", 7.64), ("spread_3", 8.70)])
-def test_work_of_a_full_size_vilt(layers: str, expected: float) -> None:
-    model = vilt.create({"name": "vilt_b32", "create": {"task": "retrieval"}}, device="meta").eval()
-    TECHNIQUE.apply(model, Config(layers=layers), surroundings_of_meta())
+@pytest.mark.parametrize(
+    ("task", "layers", "expected"),
+    [
+        ("retrieval", None, "15.95"),
+        ("retrieval", "2,5,8", "8.70"),
+        ("retrieval", "2,4,6,8", "7.64"),
+        ("retrieval", "spread_3", "8.70"),
+        ("nlvr2", "2,5,8", "17.4"),
+    ],
+)
+def test_work_of_a_full_size_vilt(task: str, layers: str | None, expected: str) -> None:
+    """In G for an example of 32 text tokens, which for NLVR2 is a pair of images, to as many digits as METHODS gives."""
+    model = vilt.create({"name": "vilt_b32", "create": {"task": task}}, device="meta").eval()
+    if layers is not None:
+        TECHNIQUE.apply(model, Config(layers=layers), surroundings_of_meta())
+    images = (2,) if task == "nlvr2" else ()
     ids = torch.zeros(1, 32, dtype=torch.int64, device="meta")
-    examples = {"pixel_values": torch.zeros(1, 3, 384, 384, device="meta"), "input_ids": ids}
-    assert round(macs(model, examples) / 1e9, 2) == expected
+    examples = {"pixel_values": torch.zeros(1, *images, 3, 384, 384, device="meta"), "input_ids": ids}
+    digits = len(expected.partition(".")[2])
+    assert f"{macs(model, examples) / 1e9:.{digits}f}" == expected
 
 
 def surroundings_of_meta() -> Any:
@@ -111,53 +119,101 @@ def test_layers_by_name() -> None:
     assert chosen_layers("0,2,4,6", "meter", 6) == [0, 1, 2, 3]
     assert layers_fault("0,2,4,6", "meter", 6) is None
     for name in LAYER_NAMES:
+        assert numbers_fault(name) is None or name.startswith("spread_")
         assert layers_fault(name, "vilt", 12) is None
     assert "even numbers" in str(layers_fault("2,5,8", "meter", 6))
     assert "is number 3" in str(layers_fault("2,4", "vilt", 4))
     assert "is number 2" in str(layers_fault("2,4", "meter", 2))
 
 
+def test_layers_are_any_ascending_numbers() -> None:
+    """As few or as many as there are, in one spelling, so that equal recipes have equal hashes."""
+    for name in ("3,6,9", "1,4,7", "2,5", "11", "0,1,2,3,4,5,6,7,8,9,10,11"):
+        assert make_config(Config, {"layers": name}).layers == name
+        assert layers_fault(name, "vilt", 12) is None
+        assert chosen_layers(name, "vilt", 12) == [int(part) for part in name.split(",")]
+    for wrong in (
+        "",
+        "2,",
+        ",2",
+        "2;5",
+        "2, 5",
+        "02,5",
+        "-1",
+        "5,2",
+        "2,2",
+        "1.5",
+        "spread_9",
+        "٣",
+        "9" * 5000,
+        3,
+        None,
+    ):
+        assert [name for name, _ in config_faults(Config, {"layers": wrong})] == ["layers"], wrong
+    with pytest.raises(ValueError, match=r"^layers: must be .* in ascending order .* \(got '5,2'\)"):
+        make_config(Config, {"layers": "5,2"})
+    assert chosen_layers("4,10", "meter", 6) == [2, 5]
+    assert "is number 10" in str(layers_fault("4,12", "meter", 6))
+    assert "even numbers" in str(layers_fault("4,7", "meter", 6))
+    assert "is number 11" in str(layers_fault("3,12", "vilt", 12))
+    model = apply(TECHNIQUE, vlm("vilt"), layers="0,3", prune=0.3).model
+    assert [hasattr(layer, "reducer") for layer in model.layers] == [True, False, False, True]
+
+
+def test_a_study_searches_sets_of_its_own() -> None:
+    fields: dict[str, Any] = {"layers": ["3,6,9", "1,4,7"]}
+    techniques, faults = resolve_techniques({"pumer": fields}, "vilt")
+    assert not faults
+    space = SearchSpace(techniques)
+    recipe = Recipe((Step("pumer", {**defaults(Config), "layers": "1,4,7", "prune": 0.2}),))
+    assert space.params_of(recipe)["pumer.layers"] == "1,4,7"
+    _, faults = resolve_techniques({"pumer": {"layers": ["3,6,9", "2,5,8,7"]}}, "vilt")
+    assert [(fault.where, fault.remedy) for fault in faults] == [("techniques.pumer.layers[1]", "did you mean 2,5,8?")]
+
+
 # --- a slow reference -------------------------------------------------------------------------------------------------
 
 Rows = list[tuple[Tensor, float]]
-"""Tokens (C,) of one example, each with what is added to its logit as a key."""
+"""Tokens (C,) of one example, each with the weight by which it counts in an attention: 1, for padding 0."""
 
 
 def slow_merge(tokens: Rows, keys: Tensor, r: int, paper: bool) -> Rows:
     """Merges r of the tokens by keys (N, D), one by one; token 0 stays."""
     n = len(tokens)
-    hidden = [bias < -1 for _, bias in tokens]
+    hidden = [weight == 0 and not paper for _, weight in tokens]
     best: dict[int, tuple[float, int]] = {}
     for a in range(2, n, 2):
         choices = []
         for b in range(1, n, 2):
             cosine = F.cosine_similarity(keys[a], keys[b], dim=0).item()
-            choices.append((-2.0 if hidden[b] and not paper else cosine, -b))
+            choices.append((-2.0 if hidden[b] else cosine, -b))
         score, b = max(choices)
-        best[a] = (2.0 if hidden[a] and not paper else score, -b)
+        best[a] = (2.0 if hidden[a] else score, -b)
     gone = sorted(best, key=lambda a: -best[a][0])[:r]
     result = []
     for i in [0, *[a for a in range(2, n, 2) if a not in gone], *range(1, n, 2)]:
         members = [i, *[a for a in gone if best[a][1] == i]]
-        valid = members if paper else [m for m in members if not hidden[m]]
-        if not valid:
-            result.append((tokens[i][0] * (0 if len(members) > 1 else 1), -1e4))
+        counted = [m for m in members if not hidden[m]]
+        if not counted:
+            result.append((tokens[i][0] * (0 if len(members) > 1 else 1), 0.0))
             continue
-        mean = sum(tokens[m][0] for m in valid) / len(valid)
-        bias = sum(tokens[m][1] for m in valid) / len(valid)
-        result.append((mean, bias))
+        mean = sum(tokens[m][0] for m in counted) / len(counted)
+        weight = sum(tokens[m][1] for m in counted) / len(counted)
+        result.append((mean, weight))
     return result if gone else list(tokens)
 
 
-def slow_attention(attention: Any, x: Tensor, source: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One example: output (N, C), map (N, S) averaged over heads, keys (S, D) averaged over heads."""
+def slow_attention(attention: Any, x: Tensor, source: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One example, exp(logit) times weight (S,): output (N, C), map (N, S) averaged over heads, keys (S, D) averaged over
+    heads."""
     q, k, v = attention.query(x), attention.key(source), attention.value(source)
     d, outs, maps = attention.head_dim, [], []
     for h in range(attention.num_heads):
         part = slice(h * d, (h + 1) * d)
-        weights = (q[:, part] @ k[:, part].T / d**0.5 + bias).softmax(-1)
-        outs.append(weights @ v[:, part])
-        maps.append(weights)
+        exp = (q[:, part] @ k[:, part].T / d**0.5).exp() * weight
+        shares = exp / exp.sum(-1, keepdim=True)
+        outs.append(shares @ v[:, part])
+        maps.append(shares)
     return torch.cat(outs, 1), torch.stack(maps).mean(0), k.unflatten(1, (-1, d)).mean(1)
 
 
@@ -168,7 +224,7 @@ def slow_image(tokens: Rows, votes: Tensor, keys: Tensor, ratios: Ratios) -> Row
     keep = max(total - round(ratios.prune * total), 1)
     score = votes.tolist()
     if not paper:
-        score = [9.0, *[-1.0 if bias < -1 else s for (_, bias), s in zip(tokens[1:], score[1:], strict=True)]]
+        score = [9.0, *[s if weight else -1.0 for (_, weight), s in zip(tokens[1:], score[1:], strict=True)]]
     order = sorted(range(total), key=lambda i: -score[i])[:keep]
     order = (order if paper else sorted(order)) if keep < total else list(range(total))
     r = min(round(ratios.image_merge * total), (keep - 1) // 2)
@@ -182,37 +238,46 @@ def slow_text(tokens: Rows, keys: Tensor, ratios: Ratios) -> Rows:
     return slow_merge(tokens, keys, r, ratios.paper_compatible)
 
 
-def vote(shares: Tensor, text_bias: Tensor, paper: bool) -> Tensor:
-    return shares.mean(0) if paper else shares[text_bias > -1].mean(0)
+def vote(shares: Tensor, weight: Tensor, paper: bool) -> Tensor:
+    return shares.mean(0) if paper else shares[weight > 0].mean(0)
 
 
-def slow_vilt(layer: Any, x: Tensor, bias: Tensor, length: int, ratios: Ratios) -> tuple[Rows, Rows]:
+def apart(tokens: Rows) -> tuple[Tensor, Tensor]:
+    """Tokens (N, C) and their weights (N,)."""
+    return torch.stack([x for x, _ in tokens]), torch.tensor([weight for _, weight in tokens])
+
+
+def slow_vilt(layer: Any, text: Rows, image: Rows, ratios: Ratios) -> tuple[Rows, Rows]:
+    (x, weight), length = apart([*text, *image]), len(text)
     normed = layer.layernorm_before(x)
-    out, shares, keys = slow_attention(layer.attention.attention, normed, normed, bias)
+    out, shares, keys = slow_attention(layer.attention.attention, normed, normed, weight)
     x = x + layer.attention.output.dense(out)
-    tokens = list(zip(x, bias.tolist(), strict=True))
-    votes = vote(shares[:length, length:], bias[:length], ratios.paper_compatible)
+    tokens = list(zip(x, weight.tolist(), strict=True))
+    votes = vote(shares[:length, length:], weight[:length], ratios.paper_compatible)
     text = slow_text(tokens[:length], keys[:length], ratios)
     image = slow_image(tokens[length:], votes, keys[length:], ratios)
-    return [(layer.transform(x[None])[0], b) for x, b in text], [(layer.transform(x[None])[0], b) for x, b in image]
+    return [(layer.transform(x[None])[0], w) for x, w in text], [(layer.transform(x[None])[0], w) for x, w in image]
 
 
-def slow_meter(layer: Any, text: Tensor, bias: Tensor, image: Tensor, ratios: Ratios) -> tuple[Rows, Rows]:
-    own, cross = layer.text.self_attention, layer.text.cross_attention
-    out, _, text_keys = slow_attention(own.attention, text, text, bias)
-    hidden = own.output(out, text)
-    out, shares, image_keys = slow_attention(cross.attention, hidden, image, torch.zeros(len(image)))
-    hidden = cross.output(out, hidden)
-    votes = vote(shares, bias, ratios.paper_compatible)
-    fewer = slow_image([(x, 0.0) for x in image], votes, image_keys, ratios)
-    both = torch.cat([hidden, text], 1)  # the same reduction of the text after and before the layer
-    pairs = slow_text(list(zip(both, bias.tolist(), strict=True)), text_keys, ratios)
-    after, before = (torch.stack(part) for part in zip(*(x.chunk(2) for x, _ in pairs), strict=True))
-    bias, seen = torch.tensor([b for _, b in pairs]), torch.stack([x for x, _ in fewer])
-    new_text = layer.text.transform(after)
-    attended = layer.image.attend(seen[None], None, before[None], bias[None])
-    new_image = layer.image.transform(attended)[0]
-    return list(zip(new_text, bias.tolist(), strict=True)), [(x, 0.0) for x in new_image]
+def slow_block(block: Any, x: Tensor, source: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`slow_attention`, after projection, residual and norm."""
+    out, shares, keys = slow_attention(block.attention, x, source, weight)
+    return block.output(out, x), shares, keys
+
+
+def slow_meter(layer: Any, text: Rows, image: Rows, ratios: Ratios) -> tuple[Rows, Rows]:
+    (x, weight), (pixels, ones) = apart(text), apart(image)
+    hidden, _, text_keys = slow_block(layer.text.self_attention, x, x, weight)
+    hidden, shares, image_keys = slow_block(layer.text.cross_attention, hidden, pixels, ones)
+    fewer = slow_image(image, vote(shares, weight, ratios.paper_compatible), image_keys, ratios)
+    both = torch.cat([hidden, x], 1)  # the same reduction of the text after and before the layer
+    pairs, weight = apart(slow_text(list(zip(both, weight.tolist(), strict=True)), text_keys, ratios))
+    after, before = pairs.chunk(2, dim=1)
+    pixels, ones = apart(fewer)
+    pixels, _, _ = slow_block(layer.image.self_attention, pixels, pixels, ones)
+    pixels, _, _ = slow_block(layer.image.cross_attention, pixels, before, weight)
+    new_text, new_image = layer.text.transform(after), layer.image.transform(pixels)
+    return list(zip(new_text, weight.tolist(), strict=True)), list(zip(new_image, ones.tolist(), strict=True))
 
 
 RATIOS = [
@@ -223,242 +288,85 @@ RATIOS = [
 ]
 
 
-@pytest.mark.parametrize("ratios", RATIOS, ids=str)
-def test_a_vilt_layer_is_the_slow_one(ratios: Ratios) -> None:
-    model = vlm("vilt")
-    layer = model.layers[1]
-    hidden = random(2, 8 + 17, 64)
-    mask = torch.ones(2, 25, dtype=torch.bool)
-    mask[0, 5:8] = mask[1, 6:8] = mask[1, 20:] = False
-    reduced = apply(TECHNIQUE, copy.deepcopy(model), layers="1").model.layers[1]
-    reduced.reducer = TextInformedReducer(ratios)
-    found = reduced.advance(vilt.JointTokens(hidden, mask, 8))
-    for i in range(2):
-        bias = torch.zeros(25).masked_fill(~mask[i], -1e4)
-        text, image = slow_vilt(layer, hidden[i], bias, 8, ratios)
-        check_rows(found.split()[0][i], found.split_mask()[0][i], text)
-        check_rows(found.split()[1][i], found.split_mask()[1][i], image)
+def reduced_layers(family: str, ratios: Ratios) -> tuple[list[Any], list[Any]]:
+    """Two layers in a row, as they are and reducing; the second takes what the first has merged."""
+    model = vlm(family)
+    reduced = apply(TECHNIQUE, copy.deepcopy(model), layers="1,2" if family == "vilt" else "2,4").model
+    for layer in reduced.layers[1:3]:
+        layer.reducer = TextInformedReducer(ratios)
+    return list(model.layers[1:3]), list(reduced.layers[1:3])
 
 
-def check_rows(x: Tensor, mask: Tensor, expected: Rows) -> None:
-    """Valid rows are equal; where the mask hides a row, the slow one hides it too."""
-    valid = mask if mask.dtype == torch.bool else mask > -1
-    assert len(x) == len(expected)
-    assert valid.tolist() == [bias > -1 for _, bias in expected]
-    for row, is_valid, (want, _) in zip(x, valid.tolist(), expected, strict=True):
-        if is_valid:
+def weighed(x: Tensor, mask: Tensor | None) -> Rows:
+    """The tokens (N, C) of one example with their weights, of a mask (N,) as the layers have it."""
+    if mask is None:
+        return [(row, 1.0) for row in x]
+    return list(zip(x, (mask.exp() if mask.is_floating_point() else mask.float()).tolist(), strict=True))
+
+
+def check_rows(found: Rows, expected: Rows) -> None:
+    """Weights are equal, and tokens where they are not 0."""
+    assert len(found) == len(expected)
+    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in expected])
+    for (row, weight), (want, _) in zip(found, expected, strict=True):
+        if weight:
             torch.testing.assert_close(row, want, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("ratios", RATIOS, ids=str)
-def test_a_meter_layer_is_the_slow_one(ratios: Ratios) -> None:
-    model = vlm("meter")
-    layer = model.layers[1]
+def test_vilt_layers_are_the_slow_ones(ratios: Ratios) -> None:
+    layers, reduced = reduced_layers("vilt", ratios)
+    hidden = random(2, 8 + 17, 64)
+    mask = torch.ones(2, 25, dtype=torch.bool)
+    mask[0, 5:8] = mask[1, 6:8] = mask[1, 20:] = False
+    expected = [(weighed(x[:8], m[:8]), weighed(x[8:], m[8:])) for x, m in zip(hidden, mask, strict=True)]
+    tokens = vilt.JointTokens(hidden, mask, 8)
+    for slow, layer in zip(layers, reduced, strict=True):
+        tokens = layer.advance(tokens)
+        expected = [slow_vilt(slow, *rows, ratios) for rows in expected]
+        for modality, (x, m) in enumerate(zip(tokens.split(), tokens.split_mask(), strict=True)):
+            assert m is not None
+            for i in range(2):
+                check_rows(weighed(x[i], m[i]), expected[i][modality])
+    halves = {weight for rows in expected for weight in apart([*rows[0], *rows[1]])[1].tolist()} - {0.0, 1.0}
+    assert bool(halves) is ratios.paper_compatible
+
+
+@pytest.mark.parametrize("ratios", RATIOS, ids=str)
+def test_meter_layers_are_the_slow_ones(ratios: Ratios) -> None:
+    layers, reduced = reduced_layers("meter", ratios)
     text, image = random(2, 8, 64), random(2, 17, 64, seed=1)
     mask = torch.arange(8) < torch.tensor([[5], [8]])
-    reduced = apply(TECHNIQUE, copy.deepcopy(model), layers="2").model.layers[1]
-    reduced.reducer = TextInformedReducer(ratios)
-    found = reduced(meter.CrossTokens(text, image, mask))
-    assert found.image_mask is None
-    for i in range(2):
-        bias = torch.zeros(8).masked_fill(~mask[i], -1e4)
-        new_text, new_image = slow_meter(layer, text[i], bias, image[i], ratios)
-        check_rows(found.text[i], found.text_mask[i], new_text)
-        check_rows(found.image[i], torch.ones(len(found.image[i]), dtype=torch.bool), new_image)
+    expected = [(weighed(text[i], mask[i]), weighed(image[i], None)) for i in range(2)]
+    tokens = meter.CrossTokens(text, image, mask)
+    for slow, layer in zip(layers, reduced, strict=True):
+        tokens = layer(tokens)
+        assert tokens.image_mask is None
+        assert tokens.text_mask is not None
+        expected = [slow_meter(slow, *rows, ratios) for rows in expected]
+        for i in range(2):
+            check_rows(weighed(tokens.text[i], tokens.text_mask[i]), expected[i][0])
+            check_rows(weighed(tokens.image[i], None), expected[i][1])
 
 
 def test_pruning_and_merging_by_hand() -> None:
     score = torch.tensor([[0.0, 0.4, 0.1, 0.3, 0.2]])
     assert pruned(score, 3, None).tolist() == [[0, 1, 3]]  # the class token, though nobody asks for it
     assert pruned(score, 3, torch.tensor([[True, False, True, True, True]])).tolist() == [[0, 3, 4]]
+
+
+def test_a_token_merged_with_padding_keeps_its_share_of_weight_as_published() -> None:
     x = torch.tensor([[[10.0], [1.0], [3.0], [5.0]]])
     matching = Matching(rest=torch.tensor([[0, 1]]), merged=torch.tensor([[2, 3]]), into=torch.tensor([[1, 1]]))
-    valid = torch.tensor([[True, True, True, False]])
-    published = plain_change(Stream(x, valid), matching)
-    assert published.of(x).flatten().tolist() == [10.0, 3.0]
-    assert published.mask is not None
-    assert published.mask[0, 0] == 0
-    assert published.mask[0, 1] < -3000  # one padded token of three hides them all
-
-
-# --- invariants -------------------------------------------------------------------------------------------------------
-
-
-@every_family
-@pytest.mark.parametrize("examples", [batch("entailment"), padded()], ids=["whole", "padded"])
-def test_ratios_of_zero_change_nothing(family: str, examples: dict[str, Tensor]) -> None:
-    model = vlm(family)
-    expected = model(examples)
-    applied = TECHNIQUE.apply(copy.deepcopy(model), Config(**NOTHING), surroundings_of_meta())
-    assert applied.changed == []
-    assert torch.equal(applied.model(examples), expected)
-    whole = apply(TECHNIQUE, model, layers="0,2").model
-    for layer in whole.layers:
-        if hasattr(layer, "reducer"):  # the reducing layer's own forward pass, asking and keeping everything
-            layer.reducer = TextInformedReducer(Ratios(0.0, 0.0, 0.0, False))
-            layer.reducer.asks = True
-    torch.testing.assert_close(whole(examples), expected, atol=1e-6, rtol=1e-6)
-
-
-@every_family
-@pytest.mark.parametrize("paper", [False, True])
-def test_modalities_never_mix_in_a_reduction(family: str, paper: bool) -> None:
-    """What a reducer makes of the text is the same whatever the image's tokens are, and the other way round, and no
-    token of one has a gradient from the other."""
-    reducer = TextInformedReducer(Ratios(0.3, 0.3, 0.3, paper))
-    seen: list[Any] = []
-    model = apply(TECHNIQUE, vlm(family), **STRONG).model
-    inner = model.layers[0].reducer
-    original = inner.reduce
-
-    def spy(text: Stream, image: Stream, what: Any, carried: Any) -> Any:
-        seen.append((text, image, what))
-        return original(text, image, what, carried)
-
-    inner.reduce = spy
-    model(padded())
-    text, image, what = seen[0]
-    text_x, image_x = text.x.detach().requires_grad_(), image.x.detach().requires_grad_()
-    found = reducer.reduce(replace(text, x=text_x), replace(image, x=image_x), what, None)
-    assert found.text is not None
-    assert found.image is not None
-    for change, own, other in ((found.text, text_x, image_x), (found.image, image_x, text_x)):
-        one, none = torch.autograd.grad(change.of(own).sum(), (own, other), allow_unused=True)
-        assert one.abs().sum() > 0
-        assert none is None
-    elsewhere = replace(what, image_keys=random(*what.image_keys.shape, seed=9))
-    same = reducer.reduce(text, image, elsewhere, None)
-    assert same.text is not None
-    assert torch.equal(same.text.of(text_x), found.text.of(text_x))
-    elsewhere = replace(what, text_keys=random(*what.text_keys.shape, seed=9))
-    same = reducer.reduce(text, image, elsewhere, None)
-    assert same.image is not None
-    assert torch.equal(same.image.of(image_x), found.image.of(image_x))
-
-
-@every_family
-def test_padding_has_no_vote_and_no_part_unless_as_published(family: str) -> None:
-    examples = padded()
-    other = {key: value.clone() for key, value in examples.items()}
-    other["input_ids"][~other["attention_mask"].bool()] = 77
-    model = apply(TECHNIQUE, vlm(family), **STRONG).model
-    torch.testing.assert_close(model(other), model(examples), atol=1e-5, rtol=1e-5)
-    published = apply(TECHNIQUE, vlm(family), **STRONG, paper_compatible=True).model
-    assert (published(other) - published(examples)).abs().max() > 1e-4
-
-
-def test_patches_without_pixels_go_first() -> None:
-    examples = padded()
-    mask = torch.ones(3, 32, 32, dtype=torch.int64)
-    mask[1, 24:], mask[2, 8:] = 0, 0
-    other = examples["pixel_values"].clone()
-    other[~mask.bool()[:, None].expand_as(other)] = 5.0
-    model = apply(TECHNIQUE, vlm("vilt"), **STRONG).model
-    first, second = ({**examples, "pixel_values": p, "pixel_mask": mask} for p in (examples["pixel_values"], other))
-    torch.testing.assert_close(model(first), model(second), atol=1e-5, rtol=1e-5)
-    tokens = model.layers[0].advance(model.tokens(first))
-    mask_after = tokens.split_mask()[1]
-    assert mask_after.shape == (3, 7)  # of 17 tokens 12 stay, of which 5 merge
-    assert mask_after.sum(1).tolist() == [7, 7, 3]  # the third image has 5 valid ones
-
-
-def test_the_class_token_stays_unless_as_published() -> None:
-    shares = torch.tensor([[[0.0, 0.1, 0.4, 0.2, 0.3], [0.0, 0.1, 0.3, 0.2, 0.4], [0.9, 0.0, 0.0, 0.0, 0.0]]])
-    what = Seen(random(1, 2, 5, 4), random(1, 2, 3, 4), shares)
-    text = Stream(random(1, 3, 8), torch.tensor([[True, True, False]]))  # the third, padding, asks for the class token
-    kept = {}
-    for paper in (False, True):
-        found = TextInformedReducer(Ratios(0.4, 0.0, 0.0, paper)).reduce(
-            text, Stream(random(1, 5, 8), None), what, None
-        )
-        assert found.image is not None
-        assert found.text is None
-        kept[paper] = found.image.matching.rest.tolist()
-    assert kept == {False: [[0, 2, 4]], True: [[0, 2, 4]]}
-    what = replace(what, shares=shares[:, :2])
-    text = Stream(text.x[:, :2], None)
-    found = TextInformedReducer(Ratios(0.4, 0.0, 0.0, True)).reduce(text, Stream(random(1, 5, 8), None), what, None)
-    assert found.image is not None
-    assert found.image.matching.rest.tolist() == [[2, 4, 3]]  # by score, the class token among those that went
-
-
-# --- the three parts, training, artefacts -----------------------------------------------------------------------------
-
-
-@every_family
-def test_each_part_has_its_own_switch(family: str) -> None:
-    examples, found = padded(), {}
-    for name, change in {
-        "all": {},
-        "no_prune": {"prune": 0.0},
-        "no_image": {"image_merge": 0.0},
-        "no_text": {"text_merge": 0.0},
-    }.items():
-        model = apply(TECHNIQUE, vlm(family), **{**STRONG, **change}).model
-        found[name] = model(examples)
-    values = list(found.values())
-    assert all(not torch.allclose(a, b, atol=1e-4) for i, a in enumerate(values) for b in values[:i])
-    logits, teacher = random(4, 3, seed=1), random(4, 3, seed=2)
-    inputs = LossInputs(vlm(family), torch.zeros(4), logits, torch.zeros(4, dtype=torch.int64), teacher, 0.0)
-    assert TECHNIQUE.loss is not None
-    term = TECHNIQUE.loss(inputs, Config())
-    expected = (teacher.softmax(-1) * (teacher.log_softmax(-1) - logits.log_softmax(-1))).sum(-1).mean()
-    assert term.task_weight == 1.0
-    torch.testing.assert_close(term.extra, expected)
-    torch.testing.assert_close(term.extra, soft_loss(logits, teacher, 1.0))
-    assert TECHNIQUE.loss(inputs, Config(distil=False)).extra == 0
-    assert TECHNIQUE.needs_teacher(Config())
-    assert not TECHNIQUE.needs_teacher(Config(distil=False))
-    assert not TECHNIQUE.trains(Config(**NOTHING))
-    with pytest.raises(ValueError, match="teacher logits"):
-        TECHNIQUE.loss(replace(inputs, teacher_logits=None), Config())
-
-
-@every_family
-@pytest.mark.parametrize("task", list(CLASSES))
-def test_every_task_trains_through_the_reduction(family: str, task: str) -> None:
-    model = apply(TECHNIQUE, vlm(family, task), **STRONG).model.train()
-    examples = padded(task)
-    logits = model(examples)
-    assert logits.shape == (3, CLASSES[task])
-    logits.square().mean().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is None or bool(parameter.grad.isfinite().all()), name
-    layer = model.layers[0].attention if family == "vilt" else model.layers[0].text.cross_attention
-    for part in ("query", "key", "value"):
-        assert getattr(layer.attention, part).weight.grad.abs().sum() > 0
-    assert torch.equal(model.eval()(examples), model(examples))
-
-
-def test_several_texts_of_an_image_are_reduced_as_pairs() -> None:
-    for family in FAMILIES:
-        model = apply(TECHNIQUE, vlm(family, "retrieval"), **STRONG).model
-        pairs = padded("retrieval", 6)
-        several = {key: value.view(2, 3, -1) for key, value in pairs.items() if key != "pixel_values"}
-        pixels = pairs["pixel_values"][:2]
-        expected = model({**pairs, "pixel_values": pixels.repeat_interleave(3, dim=0)})
-        assert torch.equal(model({**several, "pixel_values": pixels}).flatten(), expected[:, 0])
-
-
-@every_family
-def test_what_is_saved_comes_back_as_published_too(family: str, tmp_path: Path) -> None:
-    applied = apply(TECHNIQUE, vlm(family), **STRONG, paper_compatible=True)
-    step = {"technique": "pumer", "version": TECHNIQUE.version, "resolved": applied.resolved}
-    artefact.save(applied.model, tmp_path / "a", model_description=describe(family), steps=[step])
-    assert torch.equal(artefact.load(tmp_path / "a")(padded()), applied.model(padded()))
-    assert set(applied.model.state_dict()) == set(vlm(family).state_dict())
-
-
-def test_what_cannot_be_done_has_a_reason() -> None:
-    facts = model_info(vlm("vilt"))
-    assert TECHNIQUE.check(facts, Config(layers="0,2")) is None
-    assert "change nothing in 20 text and 17 image tokens" in str(TECHNIQUE.check(facts, Config(**NOTHING)))
-    published = Config(prune=0.0, paper_compatible=True)
-    assert "prune=0 merges nothing" in str(TECHNIQUE.check(facts, published))
-    assert "is number 3" in str(TECHNIQUE.check(facts, Config(layers="2,5,8")))
-    reduced = model_info(apply(TECHNIQUE, vlm("meter"), **STRONG).model)
-    assert "reduce tokens already" in str(TECHNIQUE.check(reduced, Config()))
-    assert "timm" not in TECHNIQUE.models
-    layer = apply(TECHNIQUE, vlm("vilt"), **STRONG).model.layers[0]
-    with pytest.raises(RuntimeError, match="call advance"):
-        layer(random(1, 5, 64))
+    once = plain_change(Stream(x, torch.tensor([[True, True, True, False]])), matching)
+    assert once.of(x).flatten().tolist() == [10.0, 3.0]
+    assert once.mask is not None
+    assert once.mask.exp().flatten().tolist() == pytest.approx([1, 2 / 3])
+    both = Matching(rest=torch.tensor([[0]]), merged=torch.tensor([[1]]), into=torch.tensor([[0]]))
+    twice = plain_change(once.stream(Stream(x, None)), both)
+    assert twice.mask is not None
+    assert twice.mask.exp().item() == pytest.approx(5 / 6)  # the mean of 1 and 2/3, not that of their logarithms
+    hidden = plain_change(Stream(x, torch.tensor([[True, False, False, False]])), matching)
+    assert hidden.mask is not None
+    assert hidden.mask.tolist() == [[0.0, HIDDEN]]  # finite: a row of nothing else would be nan
+    assert plain_change(Stream(x, None), matching).mask is None

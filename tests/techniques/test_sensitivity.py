@@ -23,15 +23,16 @@ from workers.affine import NotQuantisable
 from workers.deadline import Deadline
 from workers.lane import Lane
 from workers.once import OnceAStudy
-from workers.protocol import Recipe, TrialSpec
+from workers.protocol import Recipe, Step, TrialResult, TrialSpec
 from workers.run import run_trial
 from workers.storage import LocalStorage
 from workers.tasks import load
 from workers.techniques import sensitivity, weight_only
-from workers.techniques.sensitivity import WIDTHS, allocate, mean_width, measure
+from workers.techniques.sensitivity import WIDTHS, TooFewBits, allocate, mean_width, measure
 from workers.techniques.weight_only import Config
 
 MIXED = Config(bits="mixed", mean_bits=3.0)
+TABLE = f"sensitivity_weight_only_auto_32_v{weight_only.TECHNIQUE.version}_images32_bits2345678.json"
 
 
 def rounding(weight: Tensor, bits: int) -> Tensor:
@@ -75,7 +76,7 @@ def test_sizes_without_a_common_divisor_keep_the_budget_and_come_close(monkeypat
 
 
 def test_a_budget_below_the_narrowest_width_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"mean_bits=1\.5 is too small: the narrowest width has 2 bits"):
+    with pytest.raises(TooFewBits, match=r"mean_bits=1\.5 is too small: the narrowest width has 2 bits"):
         allocate([8, 8], [[1.0] * 7] * 2, 1.5)
 
 
@@ -180,7 +181,7 @@ def test_a_study_measures_its_table_once(tmp_path: Path, monkeypatch: pytest.Mon
         found.append(weight_only.apply_(model, MIXED, around).resolved["widths"])
     assert calls == 1
     assert found[0] == found[1]
-    assert (tmp_path / "stages/b/sensitivity_weight_only_auto_32.json").exists()
+    assert (tmp_path / "stages/b" / TABLE).exists()
     model = small()
     around = replace(surroundings(model), once_a_study=once(tmp_path))
     weight_only.apply_(model, replace(MIXED, group_size=64), around)  # another rounding is another table
@@ -192,6 +193,33 @@ def test_a_study_measures_its_table_once(tmp_path: Path, monkeypatch: pytest.Mon
     weight_only.apply_(model, MIXED, around)  # pruned: a table of its own
     assert calls == 3
     assert len(list((tmp_path / "stages/b").glob("*.json"))) == 2
+
+
+def test_a_table_of_another_version_number_of_images_or_widths_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def counted(*args: Any) -> sensitivity.Table:
+        nonlocal calls
+        calls += 1
+        return measure(*args)
+
+    def table(version: int) -> sensitivity.Table:
+        around = replace(surroundings(model), once_a_study=once(tmp_path))
+        return sensitivity.table_for(model, around, rounding, name="of_a_test", version=version)
+
+    monkeypatch.setattr(sensitivity, "measure", counted)
+    model = small()
+    first = table(1)
+    assert (table(1), calls) == (first, 1)
+    assert (table(2), table(2), calls) == (first, first, 2)  # the same numbers, as nothing but the version differs
+    monkeypatch.setattr(sensitivity, "IMAGES", 16)
+    assert table(2) != first
+    assert calls == 3
+    monkeypatch.setattr(sensitivity, "WIDTHS", (2, 4))
+    assert {len(row) for row in table(2).values()} == {2}
+    assert calls == 4
 
 
 def test_a_trial_with_mixed_widths(tmp_path: Path) -> None:
@@ -213,7 +241,23 @@ def test_a_trial_with_mixed_widths(tmp_path: Path) -> None:
         seen.append([(path.name, path.stat().st_mtime_ns) for path in found])
     assert sizes[0] < sizes[1]
     assert seen[0] == seen[1]  # measured once, and found again
-    assert [name for name, _ in seen[0]] == ["sensitivity_weight_only_auto_32.json"]
+    assert [name for name, _ in seen[0]] == [TABLE]
+
+
+def test_a_recipe_that_cannot_be_quantised_is_infeasible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hand-made ones: a second quantiser, and a budget below the narrowest width, as nine layers of a unit each have."""
+    context = load_study(tiny_study(objectives=["top1_pct", "size_bytes"])).context()
+    storage = LocalStorage(tmp_path)
+
+    def run(*steps: Step) -> TrialResult:
+        return run_trial(TrialSpec("s", "t", Recipe(steps), 0, context, storage.url))
+
+    twice = run(full("weight_only"), full("gptq"))
+    monkeypatch.setattr(sensitivity, "UNITS", 8)
+    tight = run(full("weight_only", bits="mixed", mean_bits=2.5))
+    assert [result.status for result in (twice, tight)] == ["infeasible", "infeasible"]
+    assert str(twice.failure).startswith("NotQuantisable: blocks.0.attn.qkv is a Int8Linear already; quantise a model")
+    assert str(tight.failure).startswith("TooFewBits: mean_bits=2.5 is too small: the narrowest width has 2 bits\n")
 
 
 def test_mixed_widths_survive_the_artefact(tmp_path: Path) -> None:

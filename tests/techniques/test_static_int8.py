@@ -15,7 +15,7 @@ from torch import nn
 from tests.techniques.models import images, info, surroundings, vit
 from tests.techniques.quantised import require_reload
 from workers.affine import NotQuantisable
-from workers.techniques import composition, integer_linear, static_int8, tome
+from workers.techniques import composition, integer_linear, registry, static_int8, tome
 from workers.techniques.calibration import (
     EPS,
     ChannelRange,
@@ -257,9 +257,28 @@ def test_close_to_the_model_and_never_twice() -> None:
     assert not composition.verdict("static_int8", "static_int8").allowed
 
 
-def test_simulated_only_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert static_int8.TECHNIQUE.check(info(device="cuda"), Config()) is None
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for kernel in (True, False):
-        monkeypatch.setattr(integer_linear, "CPU_KERNEL", kernel)
-        assert static_int8.TECHNIQUE.simulated(Config()) is not kernel
+@pytest.mark.parametrize(
+    ("name", "values"), [("static_int8", {}), ("smoothquant", {}), ("qat", {}), ("lsq", {"weight_bits": 8})]
+)
+@pytest.mark.parametrize(
+    ("device", "vnni", "cuda", "simulated"),
+    [
+        ("cpu", False, False, True), ("cpu", True, False, False), ("cpu", False, True, True), ("cpu", True, True, False),
+        ("cuda", False, True, False), ("cuda", True, True, False),
+    ],
+)  # fmt: skip
+def test_simulated_where_the_trial_s_own_device_has_no_kernel(
+    name: str,
+    values: dict[str, Any],
+    device: str,
+    vnni: bool,
+    cuda: bool,
+    simulated: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    technique = registry()[name]
+    config = technique.Config(**values)
+    assert technique.check(info(device=device), config) is None
+    monkeypatch.setattr(integer_linear, "CPU_KERNEL", vnni)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert technique.simulated(config, device) is simulated

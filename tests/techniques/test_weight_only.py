@@ -328,7 +328,7 @@ def test_check_refuses_the_packed_kernel_of_8_bits_on_cuda_only() -> None:
 )  # fmt: skip
 def test_a_format_has_a_kernel_or_is_simulated(bits: int, granularity: str, kernel: bool) -> None:
     config = Config(bits=bits, granularity=granularity, kernel="packed")
-    assert weight_only.simulated(config) is not kernel
+    assert weight_only.simulated(config, "cpu") is not kernel
     reason = weight_only.check(models.model_info(build(), "cpu"), config)
     assert (reason is None) is kernel
     if reason is not None:

@@ -51,6 +51,11 @@ def _family(name: object) -> Any:
     return import_module(f"workers.models.{FAMILIES[str(name)]}")
 
 
+def _release(family: str) -> Any:
+    """Returns the module that reads the weights of a family's release; None for timm, which reads its own."""
+    return import_module(f"workers.models.{_RELEASES[family]}") if family in _RELEASES else None
+
+
 def describe(model: Mapping[str, Any], data: TaskInfo) -> dict[str, Any]:
     """Returns the plain values that say what the model's structure is: ``family``, ``name`` and complete ``create``.
 
@@ -78,7 +83,7 @@ def skeleton(description: Mapping[str, Any]) -> nn.Module:
     return module.eval()
 
 
-def build(model: Mapping[str, Any], data: TaskInfo, *, device: str = "cpu") -> nn.Module:
+def build(model: Mapping[str, Any], data: TaskInfo, *, device: str = "cpu", counted_answers: bool = False) -> nn.Module:
     """Builds the model: weights of its checkpoint, pretrained ones, or random ones.
 
     Random ones come from torch's global generator: seed it first.
@@ -87,6 +92,7 @@ def build(model: Mapping[str, Any], data: TaskInfo, *, device: str = "cpu") -> n
         model: model section of the study.
         data: class count, channels and image size; task and vocabulary.
         device: where the module lies; ``meta`` gives the structure alone.
+        counted_answers: see :func:`load_checkpoint_`.
 
     Raises:
         ModelError: for a description that makes no model, or weights that cannot be had or do not fit.
@@ -94,20 +100,16 @@ def build(model: Mapping[str, Any], data: TaskInfo, *, device: str = "cpu") -> n
     description = describe(model, data)
     if device == "meta":
         return skeleton(description)
-    family, checkpoint = description["family"], model.get("checkpoint")
-    pretrained = bool(model.get("pretrained")) and not checkpoint
+    family, checkpoint, train = description["family"], model.get("checkpoint"), bool(model.get("train"))
+    pretrained, release = bool(model.get("pretrained")) and not checkpoint, _release(family)
     module: nn.Module
-    if family not in _RELEASES:
+    if release is None:
         module = _family(family).create(description, pretrained=pretrained)
-        if checkpoint:
-            load_checkpoint_(module, checkpoint)
-        return module.to(device)
-    module = _family(family).create(description)
-    release = import_module(f"workers.models.{_RELEASES[family]}")
-    if pretrained:
-        checkpoint = release.fetch(data.task)
-    if checkpoint:  # a model that is to be fine-tuned gets a new head where the weights are a release's
-        release.load_local_(module, checkpoint, fresh_head=bool(model.get("train")))
+    else:
+        module = _family(family).create(description)
+        checkpoint = release.fetch(data.task, train=train) if pretrained else checkpoint
+    if checkpoint:
+        load_checkpoint_(module, checkpoint, fresh_head=train, counted_answers=counted_answers)
     return module.to(device)
 
 
@@ -137,11 +139,36 @@ def checkpoint_digest(path: str | Path) -> str:
         raise ModelError(f"checkpoint {path}: cannot be read: {error.strerror or error}") from error
 
 
-def load_checkpoint_(module: nn.Module, path: str | Path) -> None:
+def load_checkpoint_(
+    module: nn.Module, path: str | Path, *, fresh_head: bool = False, counted_answers: bool = False
+) -> None:
     """Loads weights into ``module`` in place: see :func:`workers.models.local_weights.read_tensors`. Every key must match.
+
+    Those of a vision-language family may have its release's names.
+
+    Args:
+        fresh_head: a release's weights are to be fine-tuned: see :func:`workers.models.releases.start_task_`.
+        counted_answers: the classes of VQA are the most frequent answers of the data, so a release's head, whose answers
+            have another order, is refused.
 
     Raises:
         ModelError: the file is unreadable, holds pickled code, or its names or shapes are not those of the model. The
             module is then unchanged.
     """
-    local_weights.fit_(module, local_weights.read_tensors(path), f"checkpoint {path}")
+    weights = local_weights.read_tensors(path)
+    release = _release(getattr(module, "family", "timm"))
+    if release is not None and any(name.startswith(release.PREFIX) for name in weights):
+        task = module.task
+        if counted_answers and task == "vqa" and not fresh_head:
+            raise ModelError(
+                f"checkpoint {path}: the rows of its head are answers in the release's order, which the answers counted from "
+                "the data do not have; set data.answers to a file that lists the release's answers in that order (id2label of "
+                "a published ViLT), or model.train: true for a new head"
+            )
+        weights = release.from_release_state_dict(weights, module, fresh_head=fresh_head)
+        if not any(name.startswith("head.") for name in weights):
+            raise ModelError(
+                f"checkpoint {path}: has no head for {task}: it is from before fine-tuning, or for another task; "
+                "set model.train: true for a new head"
+            )
+    local_weights.fit_(module, weights, f"checkpoint {path}")

@@ -114,27 +114,14 @@ def model_info(module: nn.Module, device: str) -> ModelInfo:
     model: Any = module
     shape, encoder = model.shape, model.image_encoder
     image_tokens = getattr(encoder, "tokens_left", encoder.embeddings.num_positions)
-    attentions = [layer.image.cross_attention.attention for layer in model.layers]
-    return ModelInfo(
-        family="meter",
-        name="meter",
-        depth=len(attentions),
+    return vl.model_info(
+        model,
+        device,
+        [layer.image.cross_attention.attention for layer in model.layers],
         embed_dim=model.text_pooler.dense.in_features,
-        head_dim=attentions[0].head_dim,
-        num_heads=tuple(a.num_heads for a in attentions),
         mlp_hidden=tuple(layer.image.output.dense.in_features for layer in model.layers),
         num_tokens=shape.max_text_tokens + image_tokens,
-        num_prefix_tokens=1,
-        has_class_token=True,
-        has_distil_token=False,
         image_size=encoder.embeddings.image_size,
-        patch_size=shape.patch_size,
-        in_chans=shape.in_chans,
-        num_classes=shape.num_classes,
-        params=sum(p.numel() for p in model.parameters()),
-        device=device,
-        num_text_tokens=shape.max_text_tokens,
-        reduces_tokens=any(getattr(layer, "reduces_tokens", False) for layer in model.layers),
         tower_depth=len(encoder.layers),
     )
 
@@ -344,8 +331,13 @@ class Meter(nn.Module):
         return list(self.layers)
 
     def encode_text(self, batch: vl.Batch) -> tuple[Tensor, Tensor | None]:
-        """Returns text features (B, L, C) before any fusion, and their mask; they do not depend on the image."""
-        mask = vl.text_mask(batch)
+        """Returns text features (B, L, C) before any fusion, and their mask; they do not depend on the image.
+
+        A batch of texts to be scored may bring them: ``text_features`` (B, T, L, C), as this function once returned them.
+        """
+        mask, features = vl.text_mask(batch), batch.get("text_features")
+        if features is not None:
+            return features.flatten(0, 1), mask
         hidden = self.text_transform(self.text_encoder(vl.text_part(batch, "input_ids"), mask))
         return hidden + self.token_type_embeddings.weight[TEXT_TYPE], mask
 

@@ -1,4 +1,4 @@
-"""Weights of METER's public release (Dou et al., arXiv 2111.02387) under this project's names.
+"""Weights of METER's public release (Dou et al., arXiv 2111.02387) under this project's names, and back.
 
 The release keeps RoBERTa under ``text_transformer``, CLIP under ``vit_model`` with the names of OpenAI's release (queries,
 keys and values in one matrix; the text tower's leftovers, which nothing uses), the fusion layers in two lists, and one
@@ -8,16 +8,23 @@ head a task.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from string import Formatter
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from workers.models import local_weights
+from workers.models import local_weights, releases
 from workers.models import vision_language as vl
-from workers.models.meter import IMAGE_TYPE, Meter
+from workers.models.meter import Meter
 from workers.models.timm_vit import ModelError
+from workers.tasks import corpus
+
+PREFIX = "cross_modal_"
+"""Of names that only the release's weights have."""
 
 HEADS: Mapping[str, str] = {
     "vqa": "vqa_classifier",
@@ -27,44 +34,56 @@ HEADS: Mapping[str, str] = {
 }
 """The release's name of each task's head."""
 
-_MATCHING = "itm_score.fc"
-"""Image-text matching, of pretraining: two logits; the one for a match starts retrieval's score."""
+CLASSES: Mapping[str, tuple[str, ...]] = {
+    "entailment": ("contradiction", "neutral", "entailment"),
+    "nlvr2": ("false", "true"),
+}
+"""The release's order of classes: SNLI-VE's by ``label2id`` in its ``meter/utils/write_snli.py``, NLVR2's by whether the
+answer is "True" in its NLVR2 data set. Its order of VQA's answers is that in which its preparation met them."""
 
-_RULES: tuple[tuple[str, str], ...] = (
-    (r"text_transformer\.embeddings\.(.+)", r"text_encoder.embeddings.\1"),
-    (r"text_transformer\.encoder\.layer\.(.+)", r"text_encoder.layers.\1"),
-    (r"vit_model\.visual\.class_embedding", "image_encoder.embeddings.class_embedding"),
-    (r"vit_model\.visual\.conv1\.weight", "image_encoder.embeddings.patch_embedding.weight"),
-    (r"vit_model\.visual\.positional_embedding", "image_encoder.embeddings.position_embedding.weight"),
-    (r"vit_model\.visual\.ln_pre\.(.+)", r"image_encoder.norm_before.\1"),
-    (r"vit_model\.visual\.ln_post\.(.+)", r"image_encoder.norm_after.\1"),
-    (r"vit_model\.visual\.transformer\.resblocks\.(\d+)\.ln_([12])\.(.+)", r"image_encoder.layers.\1.layer_norm\2.\3"),
+_LAST = "head.3."
+"""Of a classifier: the layer with a row a class."""
+
+_NAMES: tuple[tuple[str, str], ...] = (
+    ("text_transformer.embeddings.{rest}", "text_encoder.embeddings.{rest}"),
+    ("text_transformer.encoder.layer.{rest}", "text_encoder.layers.{rest}"),
+    ("vit_model.visual.class_embedding", "image_encoder.embeddings.class_embedding"),
+    ("vit_model.visual.conv1.weight", "image_encoder.embeddings.patch_embedding.weight"),
+    ("vit_model.visual.positional_embedding", "image_encoder.embeddings.position_embedding.weight"),
+    ("vit_model.visual.ln_pre.{rest}", "image_encoder.norm_before.{rest}"),
+    ("vit_model.visual.ln_post.{rest}", "image_encoder.norm_after.{rest}"),
+    ("vit_model.visual.transformer.resblocks.{i}.ln_{j}.{rest}", "image_encoder.layers.{i}.layer_norm{j}.{rest}"),
     (
-        r"vit_model\.visual\.transformer\.resblocks\.(\d+)\.attn\.in_proj_(\w+)",
-        r"image_encoder.layers.\1.self_attn.*.\2",
+        "vit_model.visual.transformer.resblocks.{i}.attn.in_proj_{part}",
+        "image_encoder.layers.{i}.self_attn.{third}_proj.{part}",
     ),
     (
-        r"vit_model\.visual\.transformer\.resblocks\.(\d+)\.attn\.out_proj\.(.+)",
-        r"image_encoder.layers.\1.self_attn.out_proj.\2",
+        "vit_model.visual.transformer.resblocks.{i}.attn.out_proj.{part}",
+        "image_encoder.layers.{i}.self_attn.out_proj.{part}",
     ),
-    (r"vit_model\.visual\.transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(.+)", r"image_encoder.layers.\1.mlp.fc1.\2"),
-    (r"vit_model\.visual\.transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(.+)", r"image_encoder.layers.\1.mlp.fc2.\2"),
-    (r"cross_modal_(text|image)_transform\.(.+)", r"\1_transform.\2"),
-    (r"cross_modal_(text|image)_pooler\.(.+)", r"\1_pooler.\2"),
-    (r"cross_modal_(text|image)_layers\.(\d+)\.attention\.self\.(.+)", r"layers.\2.\1.self_attention.attention.\3"),
-    (r"cross_modal_(text|image)_layers\.(\d+)\.attention\.output\.(.+)", r"layers.\2.\1.self_attention.output.\3"),
+    ("vit_model.visual.transformer.resblocks.{i}.mlp.c_fc.{part}", "image_encoder.layers.{i}.mlp.fc1.{part}"),
+    ("vit_model.visual.transformer.resblocks.{i}.mlp.c_proj.{part}", "image_encoder.layers.{i}.mlp.fc2.{part}"),
+    ("cross_modal_{stream}_transform.{part}", "{stream}_transform.{part}"),
+    ("cross_modal_{stream}_pooler.{rest}", "{stream}_pooler.{rest}"),
+    ("cross_modal_{stream}_layers.{i}.attention.self.{rest}", "layers.{i}.{stream}.self_attention.attention.{rest}"),
+    ("cross_modal_{stream}_layers.{i}.attention.output.{rest}", "layers.{i}.{stream}.self_attention.output.{rest}"),
     (
-        r"cross_modal_(text|image)_layers\.(\d+)\.crossattention\.self\.(.+)",
-        r"layers.\2.\1.cross_attention.attention.\3",
+        "cross_modal_{stream}_layers.{i}.crossattention.self.{rest}",
+        "layers.{i}.{stream}.cross_attention.attention.{rest}",
     ),
     (
-        r"cross_modal_(text|image)_layers\.(\d+)\.crossattention\.output\.(.+)",
-        r"layers.\2.\1.cross_attention.output.\3",
+        "cross_modal_{stream}_layers.{i}.crossattention.output.{rest}",
+        "layers.{i}.{stream}.cross_attention.output.{rest}",
     ),
-    (r"cross_modal_(text|image)_layers\.(\d+)\.(intermediate|output)\.(.+)", r"layers.\2.\1.\3.\4"),
-    (r"token_type_embeddings\.weight", "token_type_embeddings.weight"),
+    ("cross_modal_{stream}_layers.{i}.{step}.{rest}", "layers.{i}.{stream}.{step}.{rest}"),
+    (releases.TYPES, releases.TYPES),
 )
-"""A release's name and ours; ``*`` stands for q_proj, k_proj and v_proj, the thirds of one tensor."""
+"""A release's name and ours, for both directions; a tensor whose name of ours has a third is in three parts with us."""
+
+_FIELDS = {
+    **{"i": r"\d+", "j": "[12]", "part": "weight|bias", "rest": ".+", "third": "[qkv]"},
+    **{"stream": "text|image", "step": "intermediate|output"},
+}
 
 _NO_USE = re.compile(
     r"text_transformer\.pooler\..+|text_transformer\.embeddings\.(position|token_type)_ids|mlm_score\..+|itm_score\..+"
@@ -83,98 +102,94 @@ def from_release_state_dict(
         release: the ``state_dict`` of a checkpoint; of any image size, position embeddings are interpolated (bicubic, as
             in the paper's section 4.1).
         model: its task says which head is taken, its image size where the interpolation goes.
-        fresh_head: for weights from before fine-tuning on the task: keeps the model's head (retrieval's starts from image-text
-            matching's, where that is there), and gives NLVR2's second image the modality embedding of the first.
+        fresh_head: see :func:`workers.models.releases.start_task_`.
 
     Raises:
-        ModelError: names that are unknown, missing, or of another shape.
+        ModelError: a name that is neither known nor known to be of no use.
     """
     found: dict[str, Tensor] = {}
     unknown = []
-    head = HEADS[model.task]
+    head = f"{HEADS.get(model.task, '')}."
     for name, tensor in release.items():
-        if name.startswith(f"{head}."):
-            found["head." + name.removeprefix(f"{head}.")] = tensor
-            continue
-        renamed = dict(_renamed(name, tensor))
-        found |= renamed
-        if not renamed and not _NO_USE.fullmatch(name):
-            unknown.append(name)
+        if name.startswith(head):
+            ours = "head." + name.removeprefix(head)
+            found[ours] = tensor[_rows(model.task)] if _has_classes(ours, tensor, model.task) else tensor
+        elif not _NO_USE.fullmatch(name):
+            renamed, fields = _renamed(name, theirs=True)
+            if renamed is None:
+                unknown.append(name)
+            elif "{third}" in renamed:
+                for third, part in zip("qkv", tensor.chunk(3), strict=True):
+                    found[renamed.format(**fields, third=third)] = part.clone()
+            else:
+                found[renamed.format(**fields)] = tensor
     if unknown:
         raise ModelError(f"METER weights: {len(unknown)} unknown: {local_weights.some(unknown)}")
-    _resample_positions_(found, model)
-    if fresh_head:
-        _start_task_(found, release, model)
-    _require_fit(found, model, head)
-    return found
-
-
-def _renamed(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yields our names for one tensor of the release; nothing where it is of no use or unknown."""
-    if _NO_USE.fullmatch(name):
-        return
-    for pattern, ours in _RULES:
-        match = re.fullmatch(pattern, name)
-        if match is None:
-            continue
-        renamed = match.expand(ours)
-        if "*" in renamed:
-            for part, third in zip("qkv", tensor.chunk(3), strict=True):
-                yield renamed.replace("*", f"{part}_proj"), third.clone()
-        else:
-            yield renamed, tensor
-        return
-
-
-def _resample_positions_(found: dict[str, Tensor], model: Meter) -> None:
     key = "image_encoder.embeddings.position_embedding.weight"
     if key in found:
         rows = len(model.image_encoder.embeddings.position_embedding.weight)
         found[key] = vl.resample_positions(found[key], rows, mode="bicubic")
+    if fresh_head:
+        releases.start_task_(found, release, model)
+    return found
 
 
-def _start_task_(found: dict[str, Tensor], release: Mapping[str, Tensor], model: Meter) -> None:
-    """Fills in what weights from before the task's fine-tuning lack, or have for another task."""
-    found |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith("head.")}
-    if model.task == "retrieval" and {f"{_MATCHING}.weight", f"{_MATCHING}.bias"} <= set(release):
-        found |= {f"head.{part}": release[f"{_MATCHING}.{part}"][1:] for part in ("weight", "bias")}
-    types = found.get("token_type_embeddings.weight")
-    if types is not None and model.images == 2 and len(types) == 2:
-        found["token_type_embeddings.weight"] = torch.cat([types, types[IMAGE_TYPE:]])
+def to_release_state_dict(model: Meter) -> dict[str, Tensor]:
+    """Returns the weights of ``model`` under the release's names, in its shapes and its order of classes.
 
-
-def _require_fit(found: Mapping[str, Tensor], model: Meter, head: str) -> None:
-    expected = model.state_dict()
-    missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected]
-    shapes = [
-        f"{name} is {tuple(found[name].shape)}, the model has {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
-    kinds = {"missing (under our names)": missing, "not in the model": extra, "wrong shape": shapes}
-    faults = [f"{len(names)} {kind}: {local_weights.some(names)}" for kind, names in kinds.items() if names]
-    if any(name.startswith("head.") for name in missing):
-        faults.append(
-            f"the weights have no {head}: they are from before fine-tuning, or for another task; use fresh_head"
-        )
-    if faults:
-        raise ModelError("METER weights: " + "; ".join(faults))
-
-
-def load_local_(model: Meter, path: str | Path, *, fresh_head: bool = False) -> None:
-    """Loads weights from a local file or folder in place, under our names or the release's. See :mod:`local_weights`.
+    What the release holds besides and no task uses is left out. The inverse of :func:`from_release_state_dict`.
 
     Raises:
-        ModelError: unreadable, refused, or not of this model; it is unchanged then.
+        ModelError: the release has no head for the model's task.
     """
-    weights = local_weights.read_tensors(path)
-    if any(name.startswith("cross_modal_") for name in weights):
-        weights = from_release_state_dict(weights, model, fresh_head=fresh_head)
-    local_weights.fit_(model, weights, f"weights {path}")
+    if model.task not in HEADS:
+        raise ModelError(f"METER weights: the release has heads for {', '.join(HEADS)}, not for {model.task}")
+    found: dict[str, Tensor] = {}
+    thirds: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith("head."):
+            classes = _has_classes(name, tensor, model.task)
+            found[f"{HEADS[model.task]}.{name.removeprefix('head.')}"] = (
+                tensor[torch.argsort(torch.tensor(_rows(model.task)))] if classes else tensor
+            )
+            continue
+        renamed, fields = _renamed(name, theirs=False)
+        if renamed is None:
+            raise ModelError(f"METER weights: the release has no {name}")
+        if "third" in fields:
+            thirds.setdefault(renamed.format(**fields), {})[fields["third"]] = tensor
+        else:
+            found[renamed.format(**fields)] = tensor
+    return found | {name: torch.cat([parts[third] for third in "qkv"]) for name, parts in thirds.items()}
 
 
-def fetch(task: str) -> Path:
+def _renamed(name: str, *, theirs: bool) -> tuple[str | None, dict[str, Any]]:
+    """Returns the other side's name as a template and its fields; None for a name that neither side knows."""
+    for release, ours in _NAMES:
+        source, target = (release, ours) if theirs else (ours, release)
+        match = _pattern(source).fullmatch(name)
+        if match is not None:
+            return target, match.groupdict()
+    return None, {}
+
+
+@cache
+def _pattern(template: str) -> re.Pattern[str]:
+    parts = Formatter().parse(template)
+    return re.compile("".join(re.escape(text) + (f"(?P<{f}>{_FIELDS[f]})" if f else "") for text, f, _, _ in parts))
+
+
+def _has_classes(name: str, tensor: Tensor, task: str) -> bool:
+    """Returns whether a tensor of the head, under our name, has a row for each class that the release orders in its way."""
+    return name.startswith(_LAST) and len(tensor) == len(CLASSES.get(task, ()))
+
+
+def _rows(task: str) -> list[int]:
+    """Returns the release's row of each of our classes."""
+    return [CLASSES[task].index(name) for name in corpus.CLASSES[task]]
+
+
+def fetch(task: str, *, train: bool) -> Path:
     """Refuses: the release is no model of a hub, its files lie beside its code.
 
     Raises:

@@ -99,27 +99,14 @@ def model_info(module: nn.Module, device: str) -> ModelInfo:
     shape, patches = model.shape, model.embeddings.grid**2
     if model.embeddings.max_image_length is not None:
         patches = min(patches, model.embeddings.max_image_length)
-    attentions = [layer.attention.attention for layer in model.layers]
-    return ModelInfo(
-        family="vilt",
-        name="vilt",
-        depth=len(attentions),
+    return vl.model_info(
+        model,
+        device,
+        [layer.attention.attention for layer in model.layers],
         embed_dim=model.layernorm.normalized_shape[0],
-        head_dim=attentions[0].head_dim,
-        num_heads=tuple(a.num_heads for a in attentions),
         mlp_hidden=tuple(layer.output.dense.in_features for layer in model.layers),
         num_tokens=shape.max_text_tokens + 1 + patches,
-        num_prefix_tokens=1,
-        has_class_token=True,
-        has_distil_token=False,
         image_size=model.embeddings.grid * shape.patch_size,
-        patch_size=shape.patch_size,
-        in_chans=shape.in_chans,
-        num_classes=shape.num_classes,
-        params=sum(p.numel() for p in model.parameters()),
-        device=device,
-        num_text_tokens=shape.max_text_tokens,
-        reduces_tokens=any(getattr(layer, "reduces_tokens", False) for layer in model.layers),
     )
 
 

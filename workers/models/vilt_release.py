@@ -1,17 +1,23 @@
-"""Weights of published ViLTs (Kim et al., arXiv 2102.03334), as transformers names them, under this project's names."""
+"""Weights of published ViLTs (Kim et al., arXiv 2102.03334), as transformers names them, under this project's names.
+
+Their order of NLVR2's classes is ours, false then true (``id2label`` of the published model); that of VQA's answers is
+their own. Entailment has no published head, so the classes of one are taken to be in our order.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from workers.models import local_weights
+from workers.models import local_weights, releases
 from workers.models import vision_language as vl
 from workers.models.timm_vit import ModelError
-from workers.models.vilt import IMAGE_TYPE, Vilt
+from workers.models.vilt import Vilt
+
+PREFIX = "vilt."
+"""Of names that only transformers' weights have."""
 
 _LIBRARY_PREFIXES = {
     "vilt.embeddings.": "embeddings.",
@@ -21,27 +27,39 @@ _LIBRARY_PREFIXES = {
     "classifier.": "head.",
     "rank_output.": "head.",
 }
-_NOT_OURS = ("mlm_score.",)
+_NOT_OURS = ("mlm_score.", "itm_score.")
 _BUFFERS = ("position_ids", "token_type_ids")
 """Pretraining heads and counters, which transformers' checkpoints may hold and no task needs."""
 
 
-HUB = {"nlvr2": "dandelin/vilt-b32-finetuned-nlvr2", "retrieval": "dandelin/vilt-b32-finetuned-flickr30k"}
-"""The authors' fine-tuned weights by task, where the head means the same for everybody."""
+HUB = {
+    "vqa": "dandelin/vilt-b32-finetuned-vqa",
+    "nlvr2": "dandelin/vilt-b32-finetuned-nlvr2",
+    "retrieval": "dandelin/vilt-b32-finetuned-flickr30k",
+}
+"""The authors' fine-tuned weights by task, with their heads."""
 
 HUB_PRETRAINED = "dandelin/vilt-b32-mlm"
-"""Their pretrained weights, to be fine-tuned on any other task."""
+"""Their pretrained weights, from which each task's fine-tuning starts."""
 
 
-def fetch(task: str) -> Path:
-    """Downloads the authors' weights for a task from the Hugging Face hub, once; returns the folder in its cache.
+def fetch(task: str, *, train: bool) -> Path:
+    """Downloads the authors' weights from the Hugging Face hub, once; returns the folder in its cache.
+
+    Args:
+        train: whether the model is to be fine-tuned: then the pretrained weights, else those fine-tuned on ``task``.
 
     Raises:
-        ModelError: the hub cannot be reached and the cache does not have them.
+        ModelError: none are published for the task, or the hub cannot be reached and the cache does not have them.
     """
     from huggingface_hub import snapshot_download
 
-    name = HUB.get(task, HUB_PRETRAINED)
+    name = HUB_PRETRAINED if train else HUB.get(task)
+    if name is None:
+        raise ModelError(
+            f"model vilt: fine-tuned weights are published for {', '.join(HUB)}, not for {task}; set model.train: true, which "
+            f"starts from {HUB_PRETRAINED}, or give model.checkpoint a local file or folder"
+        )
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "pytorch_model.bin"]))
     except OSError as error:
@@ -51,23 +69,22 @@ def fetch(task: str) -> Path:
         ) from error
 
 
-def from_library_state_dict(
-    library: Mapping[str, Tensor], model: Vilt, *, fresh_head: bool = False
+def from_release_state_dict(
+    release: Mapping[str, Tensor], model: Vilt, *, fresh_head: bool = False
 ) -> dict[str, Tensor]:
-    """Returns ``library``, weights under transformers' names (``vilt.*``, ``classifier.*``), under ours.
+    """Returns ``release``, weights under transformers' names (``vilt.*``, ``classifier.*``), under ours.
 
     Args:
-        library: of any image size; position embeddings are interpolated to the model's grid.
+        release: of any image size; position embeddings are interpolated to the model's grid.
         model: whose task and image size the weights are for.
-        fresh_head: keeps the model's head, and gives NLVR2's second image the embedding of the first, as fine-tuning from
-            other weights does.
+        fresh_head: see :func:`workers.models.releases.start_task_`.
 
     Raises:
         ModelError: a name that is neither known nor known to be of no use.
     """
     found: dict[str, Tensor] = {}
     unknown = []
-    for name, tensor in library.items():
+    for name, tensor in release.items():
         prefix = next((p for p in _LIBRARY_PREFIXES if name.startswith(p)), None)
         if prefix is not None and not name.endswith(_BUFFERS):
             found[_LIBRARY_PREFIXES[prefix] + name.removeprefix(prefix)] = tensor
@@ -80,21 +97,5 @@ def from_library_state_dict(
         rows = model.embeddings.position_embeddings.shape[1]
         found[key] = vl.resample_positions(found[key][0], rows, mode="bilinear")[None]
     if fresh_head:
-        found = {name: tensor for name, tensor in found.items() if not name.startswith("head.")}
-        found |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith("head.")}
-        types = "embeddings.token_type_embeddings.weight"
-        if model.images == 2 and types in found and len(found[types]) == 2:
-            found[types] = torch.cat([found[types], found[types][IMAGE_TYPE:]])
+        releases.start_task_(found, release, model, types=f"embeddings.{releases.TYPES}")
     return found
-
-
-def load_local_(model: Vilt, path: str | Path, *, fresh_head: bool = False) -> None:
-    """Loads weights from a local file or folder in place, under our names or transformers'. See :mod:`local_weights`.
-
-    Raises:
-        ModelError: unreadable, refused, or not of this model; it is unchanged then.
-    """
-    weights = local_weights.read_tensors(path)
-    if any(name.startswith("vilt.") for name in weights):
-        weights = from_library_state_dict(weights, model, fresh_head=fresh_head)
-    local_weights.fit_(model, weights, f"weights {path}")

@@ -13,14 +13,14 @@ key                 shape and type                    meaning
 ``token_type_ids``  as ``input_ids``, int64           BERT's sentence number; absent: 0
 ==================  ================================  =================================================================
 
-A mask that is absent costs nothing and keeps the fastest attention kernels; one that is there is never inspected, only
-used, so that no value has to travel from the device.
+A mask that is absent costs nothing and keeps the fastest attention kernels; one that is there is only used, so that no
+value has to travel from the device. ViLT alone reads its ``pixel_mask``: an image's size decides its position embeddings.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +30,7 @@ from torch.nn import functional
 
 from workers.inputs import Inputs
 from workers.models.timm_vit import ModelError
+from workers.techniques.record import ModelInfo
 
 if TYPE_CHECKING:
     from workers.tasks import TaskInfo
@@ -125,6 +126,33 @@ def with_facts(
     if "pad_id" in whole:
         facts["pad_id"] = data.text.pad_id
     return {**model, "create": {**create, **facts}}
+
+
+def model_info(model: Any, device: str, attentions: Sequence[Any], **own: Any) -> ModelInfo:
+    """Returns the facts about a model of either family; ``own`` are those that each finds elsewhere in itself.
+
+    Args:
+        attentions: a layer's :class:`FusedAttention` each.
+    """
+    shape = model.shape
+    return ModelInfo(
+        family=model.family,
+        name=model.family,
+        depth=len(attentions),
+        head_dim=attentions[0].head_dim,
+        num_heads=tuple(a.num_heads for a in attentions),
+        num_prefix_tokens=1,
+        has_class_token=True,
+        has_distil_token=False,
+        patch_size=shape.patch_size,
+        in_chans=shape.in_chans,
+        num_classes=shape.num_classes,
+        params=sum(p.numel() for p in model.parameters()),
+        device=device,
+        num_text_tokens=shape.max_text_tokens,
+        reduces_tokens=any(getattr(layer, "reduces_tokens", False) for layer in model.layers),
+        **own,
+    )
 
 
 def _near(word: object, known: list[str]) -> str:

@@ -25,7 +25,10 @@ TEXT_DEFAULTS: Mapping[str, Any] = {
     "answers": 3129,
     "candidates": 4,
 }
-"""Keys that the data sections of vision-language tasks have besides; 3,129 answers is what models of VQAv2 have."""
+"""Keys that the data sections of vision-language tasks have besides; 3,129 answers is what models of VQAv2 have.
+
+``answers`` may also be the path of a file of answers, or ``{path, digest}``; see :mod:`workers.tasks.answers`.
+"""
 
 KINDS = (*IMAGE_KINDS, *DIGIT_KINDS, *TEXT_KINDS)
 """Values of ``data.kind``."""

@@ -6,10 +6,11 @@ answers; Karpathy, Fei-Fei, "Deep Visual-Semantic Alignments", CVPR 2015, sectio
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -94,25 +95,91 @@ def vocabulary(questions: Iterable[Counter[str]], size: int) -> tuple[str, ...]:
     return tuple(sorted(counts, key=lambda answer: (-counts[answer], answer))[:size])
 
 
-def read_vocabulary(path: Path) -> tuple[str, ...]:
-    """Returns the answers that a file lists in the order of a model's classes: a JSON list, or one a line.
+def vocabulary_digest(path: Path) -> str:
+    """Returns 16 hexadecimal digits that name the content of a vocabulary's file.
 
     Raises:
-        TaskError: it is missing, or no such list.
+        TaskError: it cannot be read.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix == ".json" else text.splitlines()
-    except (OSError, ValueError) as error:
+    return _digest(_content(path))
+
+
+def read_vocabulary(path: Path, digest: str | None = None) -> tuple[str, ...]:
+    """Returns the answers that a file lists in the order of a model's classes, normalised as annotators' answers are.
+
+    A ``.json`` file holds a list of answers, an object of answers to class numbers, as published VQA code writes it, or
+    one of class numbers to answers, as in a model's ``id2label``; any other file is a text with one answer a line. An
+    answer that is empty once normalised, which the published list of 3,129 has, is a class that nobody's answer is.
+
+    Args:
+        digest: what :func:`vocabulary_digest` must say of it; None takes any.
+
+    Raises:
+        TaskError: it is missing, no such list, another file than that of ``digest``, or two of its answers are the same.
+    """
+    content = _content(path)
+    if digest is not None and digest != (found := _digest(content)):
         raise TaskError(
-            f"data.answers {path}: must be a JSON list of answers, or a text with one a line: {error}"
+            f"data.answers {path}: content must be the study's (digest {digest}), this node's has digest {found}; copy "
+            "the same file to every node, or start a new study for the new answers"
+        )
+    given = _listed(path, content)
+    what, first = ("class", 0) if path.suffix == ".json" else ("line", 1)
+    names: dict[str, int] = {}
+    for row, answer in enumerate(given):
+        earlier = names.setdefault(normalise(answer), row)
+        if earlier != row:
+            raise TaskError(
+                f"data.answers {path}: must name each answer once, {what} {first + earlier} {given[earlier]!r} and {what} "
+                f"{first + row} {answer!r} are the same ({normalise(answer)!r}) as answers are compared; remove one"
+            )
+    return tuple(names)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise TaskError(
+            f"data.answers {path}: must be a readable file of answers: {error.strerror or error}; name one, or the "
+            "number of the most frequent answers"
         ) from error
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _listed(path: Path, content: bytes) -> list[str]:
+    """Returns the answers as they stand in a vocabulary's file, by class."""
+    try:
+        text = content.decode()
+        found = json.loads(text) if path.suffix == ".json" else text.splitlines()
+    except ValueError as error:
+        raise TaskError(
+            f"data.answers {path}: must be a JSON list of answers, or a text with one a line: {error}; write it so"
+        ) from error
+    if isinstance(found, Mapping):
+        found = _by_class(path, found)
     if not isinstance(found, list) or not found or not all(isinstance(one, str) for one in found):
         raise TaskError(f"data.answers {path}: must be a list of texts that is not empty; see the model's id2label")
-    if len(set(found)) != len(found):
-        twice = next(answer for answer, count in Counter(found).items() if count > 1)
-        raise TaskError(f"data.answers {path}: must name each answer once, {twice!r} is there twice; remove one")
-    return tuple(found)
+    if path.suffix != ".json" and (blank := [row for row, one in enumerate(found, start=1) if not one.strip()]):
+        raise TaskError(f"data.answers {path}: line {blank[0]} must hold an answer, is blank; remove the line")
+    return found
+
+
+def _by_class(path: Path, found: Mapping[str, Any]) -> list[Any]:
+    """Returns the answers of an object from answers to class numbers, or from those to answers, in the classes' order."""
+    pairs = list(found.items())
+    if all(isinstance(value, str) for value in found.values()):
+        pairs = [(answer, int(number) if number.isdecimal() else number) for number, answer in pairs]
+    by_class = {number: answer for answer, number in pairs if isinstance(number, int)}
+    if sorted(by_class) != list(range(len(pairs))):
+        raise TaskError(
+            f"data.answers {path}: an object must give the {len(pairs)} answers the classes 0 to {len(pairs) - 1}, each once; "
+            "see the model's label2id or id2label"
+        )
+    return [by_class[number] for number in range(len(pairs))]
 
 
 @dataclass(frozen=True)
@@ -170,9 +237,13 @@ class SoftScores:
         return cls(classes, agreeing, len(names))
 
 
-def vqa_levels(logits: NDArray[Any], scores: SoftScores) -> NDArray[np.int64]:
-    """Returns for every question how many of ten annotators gave the best-scored answer, capped at 4: (N,)."""
-    return scores.levels(np.arange(len(scores)), np.argmax(logits, axis=1))
+def vqa_levels(logits: NDArray[Any], scores: SoftScores, first: int = 0) -> NDArray[np.int64]:
+    """Returns how many of ten annotators gave the best-scored answer, capped at 4: (N,).
+
+    Args:
+        logits: (N, A) of the questions from ``first`` on.
+    """
+    return scores.levels(np.arange(first, first + len(logits)), np.argmax(logits, axis=1))
 
 
 def vqa_accuracy(logits: NDArray[Any], scores: SoftScores) -> float:

@@ -36,6 +36,9 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
 REPORT_NAMES = ("test", "test1", "validation", "valid", "val", "dev")
 """Names of a part that can be the report split, the first present wins."""
 
+VALIDATION_NAMES = REPORT_NAMES[2:]
+"""Those of a validation part: retrieval's search split where it is not the report split."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -76,7 +79,7 @@ class Corpus:
         task: a key of ``workers.models.vision_language.TASKS``.
         class_names: classes; of VQA none, its answers make them.
         digest: names the content.
-        parts: ``train`` and ``test``.
+        parts: ``train`` and ``test``; of retrieval also ``validation`` where the data has such a part beside the test part.
         pictures: of all parts, as the one part ``""``.
     """
 
@@ -127,15 +130,20 @@ def checked_label(classes: Sequence[str], value: object, name: str) -> int:
     raise TaskError(f"{name}: label must be one of {numbered}, by number or name, got {value!r}; correct or remove it")
 
 
-def ten_answers(given: Sequence[object], name: str) -> list[str]:
+def ten_answers(given: object, name: str) -> list[str]:
     """Returns the answers of ten annotators; where one answer is known, it is that of all of them.
 
+    Args:
+        given: a list of texts, or of objects with the text ``answer``.
+
     Raises:
-        TaskError: there is another number of them.
+        TaskError: it is no list, or there is another number of them.
     """
+    if not isinstance(given, list):
+        raise TaskError(f"{name}: must have a list of answers, has {type(given).__name__}; complete or remove it")
     texts = [one.get("answer") if isinstance(one, Mapping) else one for one in given]
     found = [one for one in texts if isinstance(one, str)]
-    if len(found) == 1:
+    if len(found) == len(texts) == 1:
         found *= ANNOTATORS
     if len(found) != ANNOTATORS:
         raise TaskError(

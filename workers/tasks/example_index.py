@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from workers.tasks import TEXT_DEFAULTS, TaskInfo, decoded
 from workers.tasks.answers import SoftScores
-from workers.tasks.encoded_images import cache_folder, file_digest, write_atomic
+from workers.tasks.encoded_images import cache_folder, write_atomic
 from workers.tasks.example_splits import Splits
 from workers.tasks.examples import Examples
 from workers.tasks.tokenisers import folder_fingerprint
 
-VERSION = 1
+VERSION = 2
 """Raised when the same data would become other examples."""
 
 _ARRAYS = ("pictures", "texts", "text_mask", "text_rows", "labels", "picture_of_text")
@@ -32,11 +32,12 @@ _SCORES = ("classes", "agreeing")
 
 def key(data: Mapping[str, Any], digest: str) -> str:
     """Returns the key under which the splits of a data section with all defaults in it are remembered."""
-    parts = [VERSION, decoded.index_key(data, digest), *(data[name] for name in TEXT_DEFAULTS)]
+    settings = {name: data[name] for name in TEXT_DEFAULTS}
+    if not isinstance(settings["answers"], int):
+        settings["answers"] = settings["answers"]["digest"]
+    parts = [VERSION, decoded.index_key(data, digest), *settings.values()]
     if data["tokenizer"] is not None:
         parts.append(folder_fingerprint(data["tokenizer"]))
-    if isinstance(data["answers"], str) and Path(data["answers"]).is_file():
-        parts.append(file_digest(Path(data["answers"])))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

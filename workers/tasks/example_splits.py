@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from workers.tasks.examples import Examples
 CHANNELS = 3
 """Of every picture; grey ones are converted."""
 
-PARTS = {"train": "train", "search": "train", "report": "test"}
-"""Split to the part of the corpus that it is cut from."""
+LEAST_COVERAGE = 0.5
+"""Share of a part's questions with an answer of the vocabulary below which it is taken for that of other data."""
 
 FEW_TEXTS, MOST_DRAWS = 500, 1000
 """Up to how many texts others are counted, not tried; and how often they are tried."""
@@ -46,21 +46,21 @@ class Splits:
 def cut(corpus: Corpus, data: Mapping[str, Any]) -> Splits:
     """Cuts the splits of a data section with all defaults in it; decodes the pictures that they show.
 
-    Limits count examples, in retrieval pictures with all their texts.
+    Limits count examples, in retrieval pictures with all their texts. The search split is the corpus's validation part, or
+    cut from the training part where it has none.
     """
     texts, classes = EncodedTexts(corpus, data), _Classes(corpus, data)
     info = _info(corpus, data, texts, classes)
-    seed, train = int(data["split_seed"]), corpus.parts["train"]
-    kept, off = cut_groups(train.groups, float(data["search_fraction"]), seed)
-    rows = {"train": classes.answerable(kept), "search": off, "report": np.arange(len(corpus.parts["test"]))}
+    seed = int(data["split_seed"])
     examples: dict[str, Examples] = {}
     keys = {}
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    for name, part_name in PARTS.items():
+    for name, (part_name, rows) in _rows(corpus, float(data["search_fraction"]), seed).items():
         part = corpus.parts[part_name]
+        rows = classes.answerable(rows) if name == "train" else rows
         counted = part.pictures[:, 0] if corpus.task == "retrieval" else np.arange(len(part))
-        chosen = limited(rows[name], counted, data.get(f"{name}_limit"), seed)
+        chosen = limited(rows, counted, data.get(f"{name}_limit"), seed)
         used, pictures = np.unique(part.pictures[chosen], return_inverse=True)
         images, moments, keys[name] = _images(corpus, used, info, data)
         if name == "train":
@@ -77,6 +77,17 @@ def cut(corpus: Corpus, data: Mapping[str, Any]) -> Splits:
             std=std,
         )
     return Splits(info, examples, keys, texts.description())
+
+
+def _rows(corpus: Corpus, fraction: float, seed: int) -> dict[str, tuple[str, NDArray[np.int64]]]:
+    """Returns split to the part of the corpus that it is of, and its rows there; training first."""
+    whole = {name: np.arange(len(part)) for name, part in corpus.parts.items()}
+    if "validation" in whole:
+        train, search = ("train", whole["train"]), ("validation", whole["validation"])
+    else:
+        kept, off = cut_groups(corpus.parts["train"].groups, fraction, seed)
+        train, search = ("train", kept), ("train", off)
+    return {"train": train, "search": search, "report": ("test", whole["test"])}
 
 
 def task_info(corpus: Corpus, data: Mapping[str, Any]) -> TaskInfo:
@@ -113,27 +124,32 @@ class _Classes:
         if self.agreements:
             self._read_vocabulary(data["answers"])
 
-    def _read_vocabulary(self, given: int | str) -> None:
+    def _read_vocabulary(self, given: int | Mapping[str, str]) -> None:
         if isinstance(given, int):
             self.names, source = answers.vocabulary(self.agreements["train"], given), "the training answers"
         else:
-            self.names, source = answers.read_vocabulary(Path(given)), given
-        known = set(self.names)
+            self.names, source = answers.read_vocabulary(Path(given["path"]), given["digest"]), given["path"]
         for name, found in self.agreements.items():
-            if not any(known & one.keys() for one in found):
-                example = ", ".join(map(repr, found[0])) or "no answer"
+            missing = self._without(found)
+            if len(missing) > (1 - LEAST_COVERAGE) * len(found):
+                example = ", ".join(map(repr, found[missing[0]])) or "it has none"
                 raise TaskError(
-                    f"{self.parts[name].names[0]}: {example} and all other answers of the {name} part are missing from the "
-                    f"answer vocabulary of {source} ({len(self.names)}: {', '.join(self.names[:3])} ...); "
-                    "set data.answers to the vocabulary of this data"
+                    f"{self.parts[name].names[missing[0]]}: no answer of it ({example}) is in the answer vocabulary of {source} "
+                    f"({len(self.names)}: {', '.join(self.names[:3])} ...), which has answers to "
+                    f"{100 - 100 * len(missing) / len(found):.1f} % of the {name} part's {len(found)} questions; at least "
+                    f"{100 * LEAST_COVERAGE:.0f} % must have one: set data.answers to the vocabulary of this data, or to a higher number"
                 )
+
+    def _without(self, found: Sequence[Counter[str]]) -> list[int]:
+        """Returns the rows of questions none of whose answers is in the vocabulary."""
+        known = set(self.names)
+        return [row for row, one in enumerate(found) if known.isdisjoint(one)]
 
     def answerable(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Returns those of the training examples from which a class can be learnt: with an answer of the vocabulary."""
         if not self.agreements:
             return rows
-        known, found = set(self.names), self.agreements["train"]
-        return rows[[bool(known & found[row].keys()) for row in rows.tolist()]]
+        return rows[~np.isin(rows, self._without(self.agreements["train"]))]
 
     def targets(self, part: str, rows: NDArray[np.int64]) -> dict[str, Any]:
         """Returns ``labels`` and ``answers`` of :class:`Examples`."""

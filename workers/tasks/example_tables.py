@@ -32,6 +32,7 @@ from workers.tasks.corpus import (
     CLASSES,
     NO_CONSENSUS,
     REPORT_NAMES,
+    VALIDATION_NAMES,
     Collected,
     Corpus,
     Part,
@@ -74,8 +75,9 @@ def read_tables(kind: str, path: Path, files: list[Path]) -> Corpus:
     found: dict[str, Collected] = {}
     for number, file in enumerate(files):
         _read(kind, path, number, file, pictures, found)
-    pictures.digest = hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()[:16]
-    parts = _parts(path, {name: one for name, one in found.items() if one.texts})
+    parts = _parts(kind, path, {name: one for name, one in found.items() if one.texts})
+    named = [*map(file_digest, files), *(name for name in parts if name == "validation")]  # which was not read once
+    pictures.digest = hashlib.sha256("".join(named).encode()).hexdigest()[:16]
     return Corpus(kind, CLASSES[kind], pictures.digest, parts, pictures)
 
 
@@ -216,8 +218,13 @@ def _part_name(file: Path, root: Path) -> str:
     return next((part for name in below for part in ("train", *REPORT_NAMES) if name.lower().startswith(part)), "")
 
 
-def _parts(path: Path, found: dict[str, Collected]) -> dict[str, Part]:
-    """Returns both parts; a test part is cut from the training examples where the data names none."""
+def _parts(kind: str, path: Path, found: dict[str, Collected]) -> dict[str, Part]:
+    """Returns the parts; a test part is cut from the training examples where the data names none."""
+    for name in found:
+        if name not in (meant := ("train", *REPORT_NAMES)) and name.strip().lower() in meant:
+            raise TaskError(
+                f"{found[name].names[0]}: the part {name!r} must be written {name.strip().lower()!r}; correct the column split"
+            )
     if set(found) <= {"", "None", "train"}:
         if not found:
             raise TaskError(f"{path}: must hold examples with labels, it has none")
@@ -235,7 +242,11 @@ def _parts(path: Path, found: dict[str, Collected]) -> dict[str, Part]:
             f"{path}: must have the part train and one of {', '.join(REPORT_NAMES)} with labels, by a column split or by "
             f"file names; has {', '.join(sorted(found))}"
         )
-    return {"train": found["train"].part(), "test": found[test].part()}
+    parts = {"train": found["train"].part(), "test": found[test].part()}
+    own = next((name for name in VALIDATION_NAMES if name in found and name != test), None)
+    if own is not None and kind == "retrieval":
+        parts["validation"] = found[own].part()
+    return parts
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

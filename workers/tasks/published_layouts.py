@@ -26,10 +26,10 @@ class FilePictures:
 
     def __init__(self, root: Path) -> None:
         self.root, self.digest = root, ""
-        self._found: dict[str, Path] = {}
+        self._found: dict[str, list[Path]] = {}
         for file in sorted(root.rglob("*")):
             if file.suffix.lower() in IMAGE_SUFFIXES:
-                self._found.setdefault(file.name, file)
+                self._found.setdefault(file.name, []).append(file)
         self._rows: dict[str, int] = {}
         self.files: list[Path] = []
         self._shown_by: list[str] = []
@@ -38,16 +38,22 @@ class FilePictures:
         """Returns the row of the picture in the file ``name``.
 
         Raises:
-            TaskError: it is not there.
+            TaskError: it is not there, or there are several of that name.
         """
         if name not in self._rows:
-            if name not in self._found:
+            found = self._found.get(name, [])
+            if not found:
                 raise TaskError(
                     f"{example}: its picture {name} must lie below {self.root}; unpack the pictures there, or remove the "
                     "example"
                 )
+            if len(found) > 1:
+                places = ", ".join(str(file.relative_to(self.root)) for file in found)
+                raise TaskError(
+                    f"{example}: its picture {name} must lie once below {self.root}, lies there as {places}; keep one of them"
+                )
             self._rows[name] = len(self.files)
-            self.files.append(self._found[name])
+            self.files += found
             self._shown_by.append(example)
         return self._rows[name]
 
@@ -76,8 +82,11 @@ def read_published(kind: str, root: Path) -> Corpus:
     return Corpus(kind, CLASSES[kind], pictures.digest, parts, pictures)
 
 
+KARPATHY = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
+"""Words of Karpathy's split to parts; restval are COCO's validation images that are for training."""
+
 Read = tuple[dict[str, Collected], list[Path]]
-"""Examples of both parts, and the files of annotations that they were read from."""
+"""Examples of each part, and the files of annotations that they were read from."""
 
 
 # --- one layout each --------------------------------------------------------------------------------------------------
@@ -90,15 +99,15 @@ def _vqa(kind: str, root: Path, pictures: FilePictures) -> Read:
     for part, year in (("train", "train2014"), ("test", "val2014")):
         questions, annotations = (_one(root, f"*{year}_{what}.json") for what in ("questions", "annotations"))
         used += [questions, annotations]
-        answered = {_key(one, "question_id", annotations): one for one in _list(annotations, "annotations")}
+        answered = {_number(one, "question_id", name): one for name, one in _list(annotations, "annotations")}
         found[part] = Collected()
-        for one in _list(questions, "questions"):
-            number = _key(one, "question_id", questions)
+        for place, one in _list(questions, "questions"):
+            number = _number(one, "question_id", place)
             name = f"{questions.name} question {number}"
             if number not in answered:
                 raise TaskError(f"{name}: must have its answers in {annotations.name}; use files of one release")
-            file = f"COCO_{year}_{int(_key(one, 'image_id', questions)):012d}.jpg"
-            answers = ten_answers(answered[number].get("answers") or (), name)
+            file = f"COCO_{year}_{_number(one, 'image_id', name):012d}.jpg"
+            answers = ten_answers(answered[number].get("answers") or [], name)
             found[part].add(name, (pictures.row(file, name),), one.get("question"), answers=answers)
     return found, used
 
@@ -141,21 +150,25 @@ def _nlvr(kind: str, root: Path, pictures: FilePictures) -> Read:
 def _captions(kind: str, root: Path, pictures: FilePictures) -> Read:
     """Karpathy's ``dataset_flickr30k.json``, or that of another data set: ``split`` and ``sentences`` of every image."""
     file = _one(root, "dataset_flickr30k.json", "dataset_*.json")
-    found = {"train": Collected(), "test": Collected()}
-    parts = {"train": "train", "restval": "train", "test": "test"}  # restval: COCO's validation images for training
-    for one in _list(file, "images"):
-        picture = str(_key(one, "filename", file))
+    found = {"train": Collected(), "test": Collected(), "validation": Collected()}
+    for place, one in _list(file, "images"):
+        picture = str(_key(one, "filename", place))
         name = f"{file.name} image {picture}"
-        part = parts.get(str(one.get("split")))
-        if part is None:
-            continue
-        sentences = one.get("sentences") or ()
-        if not sentences:
-            raise TaskError(f"{name}: must have a text with its picture, has none; add it or remove the image")
+        split = one.get("split")
+        if not isinstance(split, str) or split not in KARPATHY:
+            raise TaskError(
+                f"{name}: split must be one of {', '.join(KARPATHY)}, got {split!r}; correct or remove the image"
+            )
+        sentences = one.get("sentences")
+        if not isinstance(sentences, list) or not sentences:
+            raise TaskError(
+                f"{name}: must have a list of sentences with its picture, has none; add it or remove the image"
+            )
         row = pictures.row(picture, name)
         for number, sentence in enumerate(sentences):
-            found[part].add(f"{name} sentence {number}", (row,), sentence.get("raw"))
-    return found, [file]
+            said = f"{name} sentence {number}"
+            found[KARPATHY[split]].add(said, (row,), _object(sentence, said).get("raw"))
+    return {part: one for part, one in found.items() if one.texts or part != "validation"}, [file]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -170,17 +183,22 @@ def _one(root: Path, *patterns: str) -> Path:
     raise TaskError(f"{root}: must hold {' or '.join(patterns)} in some folder; unpack the published files there")
 
 
-def _list(file: Path, key: str) -> list[dict[str, Any]]:
+def _list(file: Path, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields (name for messages, object) of each entry of a list."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))[key]
+        if not isinstance(found, list):
+            raise TypeError(f"it is {type(found).__name__}")
     except (ValueError, KeyError, TypeError) as error:
         raise TaskError(
             f"{file}: must be a JSON object with a list {key!r}: {error}; use the published file"
         ) from error
-    return list(found)
+    for index, one in enumerate(found):
+        name = f"{file.name} {key}[{index}]"
+        yield name, _object(one, name)
 
 
-def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lines(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yields (name for messages, object) of each line that is not blank."""
     with file.open(encoding="utf-8") as opened:
         for number, line in enumerate(opened, start=1):
@@ -191,12 +209,25 @@ def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 found = json.loads(line)
             except ValueError as error:
                 raise TaskError(f"{name}: must be a JSON object: {error}; correct or remove the line") from error
-            if not isinstance(found, dict):
-                raise TaskError(f"{name}: must be a JSON object, is {type(found).__name__}; correct or remove the line")
-            yield name, found
+            yield name, _object(found, name)
+
+
+def _object(value: object, name: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TaskError(f"{name}: must be a JSON object, is {type(value).__name__}; correct or remove it")
+    return value
 
 
 def _key(values: Mapping[str, Any], key: str, name: object) -> Any:
     if values.get(key) is None:
         raise TaskError(f"{name}: must have the key {key!r}, has {', '.join(values) or 'none'}; complete or remove it")
     return values[key]
+
+
+def _number(values: Mapping[str, Any], key: str, name: str) -> int:
+    found = _key(values, key, name)
+    if isinstance(found, int) and not isinstance(found, bool):
+        return found
+    if isinstance(found, str) and found.isdecimal():
+        return int(found)
+    raise TaskError(f"{name}: {key} must be a whole number, got {found!r}; correct or remove it")

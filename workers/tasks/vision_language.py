@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.tasks import DIGIT_KINDS, TEXT_DEFAULTS, TaskError, TaskInfo, decoded, example_index
+from workers.tasks.answers import vocabulary_digest
 from workers.tasks.corpus import ArrayPictures, Corpus
 from workers.tasks.digit_tasks import digit_corpus
 from workers.tasks.example_splits import Splits, cut, task_info
@@ -104,13 +105,15 @@ def open_corpus(data: Mapping[str, Any]) -> Corpus:
 
 
 def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the section with every default, its values checked."""
+    """Returns the section with every default, its values checked; a file of answers as its path and digest."""
     found = {**DEFAULTS, **{key: value for key, value in data.items() if value is not None}}
+    if isinstance(found["answers"], str):
+        found["answers"] = {"path": found["answers"], "digest": vocabulary_digest(Path(found["answers"]))}
     most, size = found["max_text_tokens"], found["answers"]
     rules = {
         "search_fraction": (0 < found["search_fraction"] < 1, "must lie between 0 and 1"),
         "max_text_tokens": (most is None or most > 2, "must be at least 3, two are the text's ends"),
-        "answers": (isinstance(size, str) or size > 0, "must be at least 1, or name a file of answers"),
+        "answers": (isinstance(size, Mapping) or size > 0, "must be at least 1, or name a file of answers"),
         "candidates": (found["candidates"] > 1, "must be at least 2, the own text and another"),
     }
     broken = [f"data.{name} {rule}, got {found[name]!r}" for name, (holds, rule) in rules.items() if not holds]

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.affine import PackedLinear, linears, pack_bits, require_finite, unpack_bits
+from workers.affine import PackedLinear, linears, pack_bits, require_finite, require_finite_parameters, unpack_bits
 from workers.techniques.packed_embeddings import rebuild_embeddings, store_embeddings, train_embeddings
 from workers.techniques.record import (
     Applied,
@@ -266,6 +266,7 @@ def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
 
 def _finalise(model: nn.Module, config: Config) -> dict[str, Any]:
     """Rounds the widths and packs the weights."""
+    require_finite_parameters(model)
     counts = []
     for name, part in list(model.named_modules()):
         if isinstance(part, LearnedWidths):
@@ -288,7 +289,7 @@ TECHNIQUE = Technique(
     loss=_loss,
     parameter_groups=_groups,
     finalise=_finalise,
-    simulated=lambda config: True,
+    simulated=lambda config, device: True,
     models=("timm", "vilt", "meter"),
     source="Défossez et al. 2022, arXiv 2104.09987, section 3",
 )

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.techniques.distill import soft_loss
-from workers.techniques.joint_tokens import LAYER_NAMES, chosen_layers, layers_fault
+from workers.techniques.joint_tokens import LAYER_NAMES, chosen_layers, layers_fault, numbers_fault
 from workers.techniques.record import Applied, LossInputs, LossTerm, ModelInfo, Surroundings, Technique, choice, number
 from workers.techniques.token_blocks import (
     TokenBlocks,
@@ -57,6 +57,7 @@ class Config:
         BY_START,
         (BY_START, *LAYER_NAMES),
         search=(BY_START,),
+        others=numbers_fault,
         doc="layers before which a predictor stands; by_start: as start and stages say",
     )
     logit_weight: float = number(

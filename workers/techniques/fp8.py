@@ -203,7 +203,7 @@ TECHNIQUE = Technique(
     stage="conversion",
     apply=apply_,
     rebuild=rebuild,
-    simulated=lambda config: not has_kernel(),
+    simulated=lambda config, device: device != "cuda" or not has_kernel(),
     models=("timm", "vilt", "meter"),
     source="Micikevicius et al. 2022, arXiv 2209.05433; Kuzmin et al. 2022, arXiv 2208.09225",
 )

@@ -65,8 +65,8 @@ def log2_codes(p: Tensor) -> Tensor:
 
 
 def powers_of_two(codes: Tensor, bits: int) -> Tensor:
-    """Returns 2^-q, and 0 for codes q of 2^bits and more: what a map of that many bits can say."""
-    return torch.where(codes < 2**bits, torch.exp2(-codes), 0.0)
+    """Returns 2^-q, and 0 for codes q of 2^bits and more: what a map of that many bits can say. NaN stays NaN."""
+    return torch.where(codes >= 2**bits, 0.0, torch.exp2(-codes))
 
 
 def int_exp(x: Tensor, scale: Tensor | float) -> Tensor:
@@ -94,14 +94,14 @@ def log_int_softmax(x: Tensor, scale: Tensor | float) -> Tensor:
     set too: rounding at 1.5 times a power of two.
 
     Args:
-        x: (..., N) whole numbers, float32.
+        x: (..., N) whole numbers, float32; a row with a NaN in it has NaN codes.
     """
     exp = int_exp(x - x.amax(-1, keepdim=True), scale)
     ratio = (exp.sum(-1, keepdim=True, dtype=torch.float64).float() / exp).round()
     leading = ratio.log2().floor()
     leading = leading - (torch.exp2(leading) > ratio).float()  # log2 rounds up just below a power of two
     codes = leading + (ratio >= 1.5 * torch.exp2(leading)).float()
-    return torch.where(exp > 0, codes, torch.inf)
+    return torch.where(exp == 0, torch.inf, codes)
 
 
 def choose_factors(rows: Tensor, low: float, high: float) -> tuple[float, int, Tensor]:
@@ -232,7 +232,7 @@ def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _simulated(config: Config) -> bool:
+def _simulated(config: Config, device: str) -> bool:
     return True
 
 

@@ -274,9 +274,9 @@ def check(info: ModelInfo, config: Config) -> str | None:
     return weight_only.check(info, config.storage())
 
 
-def simulated(config: Config) -> bool:
+def simulated(config: Config, device: str) -> bool:
     """Whether no kernel takes the format; see :mod:`weight_only`."""
-    return weight_only.simulated(config.storage())
+    return weight_only.simulated(config.storage(), device)
 
 
 TECHNIQUE = Technique(

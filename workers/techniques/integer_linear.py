@@ -38,9 +38,9 @@ CPU_KERNEL = bool(torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_su
 """Whether this CPU multiplies 8-bit integers exactly and fast; without VNNI oneDNN may saturate sums of two products."""
 
 
-def no_kernel(config: object = None) -> bool:
-    """Whether nothing here has an integer kernel, so that no speed may be claimed."""
-    return not (CPU_KERNEL or torch.cuda.is_available())
+def no_kernel(config: object, device: str) -> bool:
+    """Whether a device of that kind, ``cpu`` or ``cuda``, has no integer kernel here, so that no speed may be claimed."""
+    return not (CPU_KERNEL if device == "cpu" else torch.cuda.is_available())
 
 
 @dataclass(frozen=True)

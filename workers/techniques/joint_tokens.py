@@ -8,10 +8,12 @@ transformers, so that what knows image models alone stays quick to import.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -26,7 +28,7 @@ FAMILIES = ("vilt", "meter")
 """Model families whose layers see text and image; each has a module ``<family>_reduction``."""
 
 HIDDEN = -1e4
-"""Added to the logits of a padded key: exp of it is 0 in every float type, and a mean of it with anything still is."""
+"""Added to the logits of a padded key: finite in every float type, and exp of it is 0 in each."""
 
 
 # --- layers by name ---------------------------------------------------------------------------------------------------
@@ -41,11 +43,25 @@ PUBLISHED = ("2,5,8", "2,4,6,8", "2,3,4", "7,8,9", "0,2,4,6", "2,4,6")
 
 _SMALL = ("0", "1", "2", "0,1", "0,2", "1,2", "1,3", "2,3", "2,4", "0,1,2", "1,2,3", "0,2,4", "0,1,2,3")
 LAYER_NAMES = (*SPREADS, *PUBLISHED, *_SMALL)
-"""What a parameter ``layers`` may be: a spread over any depth, or the numbers of the layers from 0 on.
+"""What a parameter ``layers`` offers: a spread over any depth, or the numbers of the layers from 0 on, of which any set is
+allowed (:func:`numbers_fault`).
 
 METER's layers are numbered as in the paper, whose configurations go beyond its six fusion layers: those of both streams in
 turn, text first. Text layers decide, so the numbers are even, and 2 i is fusion layer i.
 """
+
+
+_NUMBERS = re.compile(r"(0|[1-9][0-9]{0,2})(,[1-9][0-9]{0,2})*")
+"""One spelling a set, so that equal recipes have equal hashes."""
+
+
+def numbers_fault(value: object) -> str | None:
+    """Returns why ``value`` is not the numbers of some layers in ascending order, or None; a model's depth is not asked."""
+    if isinstance(value, str) and _NUMBERS.fullmatch(value):
+        numbers = [int(number) for number in value.split(",")]
+        if all(a < b for a, b in pairwise(numbers)):
+            return None
+    return "must be a name such as 'spread_3', or layer numbers in ascending order without spaces, such as '2,5,8'"
 
 
 def chosen_layers(name: str, family: str, depth: int) -> list[int]:

@@ -7,9 +7,9 @@ the divergence from the fine-tuned original's logits.
 Source: Cao, Paranjape, Hajishirzi, PuMer: Pruning and Merging Tokens for Efficient Vision Language Models, arXiv 2305.17530,
 section 3.
 Differs from the paper: the image's class token is not pruned, image tokens keep their order, padded text tokens have no
-vote, and padding has no part in a merged token; with ``paper_compatible`` all that is as it was published. Attention stays
-fused but for the text's few rows of a reducing layer, whose map is needed. METER's image layer attends to the text as it was
-before the layer, reduced as the text is.
+vote, and padding has no part in a merged token; with ``paper_compatible`` all that is as it was published, where the mask
+of a merged token is the mean of its tokens' masks, 1 and 0. Attention stays fused but for the text's few rows of a reducing
+layer, whose map is needed. METER's image layer attends to the text as it was before the layer, reduced as the text is.
 Saves MACs, time and activation memory; the size of the model stays. Adds no parameters. Wants the recovery training.
 """
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from workers.techniques.distill import soft_loss
 from workers.techniques.joint_tokens import (
     FAMILIES,
+    HIDDEN,
     LAYER_NAMES,
     Change,
     Reducer,
@@ -34,6 +35,7 @@ from workers.techniques.joint_tokens import (
     added,
     chosen_layers,
     layers_fault,
+    numbers_fault,
     put_reducers,
     valid_change,
 )
@@ -60,7 +62,8 @@ class Config:
         "spread_3",
         LAYER_NAMES,
         search=("spread_2", "spread_3", "spread_4"),
-        doc="layers that reduce: numbers, or that many of them spread over the depth",
+        others=numbers_fault,
+        doc="layers that reduce: numbers in ascending order, or that many of them spread over the depth",
     )
     prune: float = number(
         0.1,
@@ -187,13 +190,16 @@ class TextInformedReducer(Reducer):
 
 
 def plain_change(stream: Stream, matching: Matching) -> Change:
-    """Returns the change as published: padding counts in a mean like any token, and what is added to the logits of a
-    merged token is the mean too, which hides it as soon as one of its tokens is padding."""
-    weight = torch.ones(*stream.x.shape[:2], 1, device=stream.x.device)
+    """Returns the change as published: padding counts in a mean like any token, and the masks, 1 for a token and 0 for
+    padding, are averaged with the tokens.
+
+    The mean w is what a merged token's exp(logit) is multiplied by in later attentions: the mask afterwards is log w.
+    """
+    change = Change(matching, torch.ones(*stream.x.shape[:2], 1, device=stream.x.device), None)
     mask = added(stream.mask)
-    if mask is not None:
-        mask = Change(matching, weight, None).of(mask[..., None])[..., 0]
-    return Change(matching, weight, mask)
+    if mask is None:
+        return change
+    return replace(change, mask=change.of(mask.exp()[..., None])[..., 0].log().clamp(min=HIDDEN))
 
 
 # --- record -----------------------------------------------------------------------------------------------------------

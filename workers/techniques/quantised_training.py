@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.affine import linears, require_finite
+from workers.affine import linears, require_finite, require_finite_parameters
 from workers.techniques.fake_quantise import FakeQuantised, Seen, Stored, StoredIntegers
 from workers.techniques.integer_linear import no_kernel
 from workers.techniques.packed_embeddings import rebuild_embeddings, store_embeddings, train_embeddings
@@ -142,6 +142,7 @@ def rebuild(model: nn.Module, resolved: Mapping[str, Any], kind: type[FakeQuanti
 
 def store(model: nn.Module) -> dict[str, Any]:
     """Packs the layers in training, in place; returns what changes in what was resolved."""
+    require_finite_parameters(model)
     found = {name: part for name, part in model.named_modules() if isinstance(part, FakeQuantised)}
     store_embeddings(model, int8_table)
     integers = all(part.bits == part.input_bits == 8 for part in found.values())
@@ -150,9 +151,9 @@ def store(model: nn.Module) -> dict[str, Any]:
     return {"stored": "integers" if integers else "packed"}
 
 
-def simulated(config: Config) -> bool:
+def simulated(config: Config, device: str) -> bool:
     """Whether nothing multiplies these layers as they are stored: kernels take 8 bits for weights and activations."""
-    return (config.weight_bits, config.activation_bits) != (8, 8) or no_kernel()
+    return (config.weight_bits, config.activation_bits) != (8, 8) or no_kernel(config, device)
 
 
 def technique(

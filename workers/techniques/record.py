@@ -50,16 +50,17 @@ class Range:
 
 @dataclass(frozen=True)
 class Options:
-    """One of ``values``; ``search`` is the part a study searches by default."""
+    """One of ``values``, or what ``others`` has nothing against; ``search`` is the part a study searches by default."""
 
     values: tuple[Any, ...]
     search: tuple[Any, ...]
+    others: Callable[[object], str | None] | None = None
 
     def fault(self, value: object) -> str | None:
         """Returns why ``value`` is not allowed, or None."""
-        if not any(value == v and type(value) is type(v) for v in self.values):
-            return "must be one of " + ", ".join(map(repr, self.values))
-        return None
+        if any(value == v and type(value) is type(v) for v in self.values):
+            return None
+        return self.others(value) if self.others else "must be one of " + ", ".join(map(repr, self.values))
 
 
 def number(
@@ -76,11 +77,23 @@ def number(
     return field(default=default, metadata={"domain": Range(low, high, step, *s), "doc": doc})
 
 
-def choice(default: object, values: tuple[Any, ...], *, search: tuple[Any, ...] | None = None, doc: str) -> Any:
-    """A field of a Config that takes one of ``values``; ``search`` is the part searched by default (None: all)."""
-    return field(
-        default=default, metadata={"domain": Options(values, values if search is None else search), "doc": doc}
-    )
+def choice(
+    default: object,
+    values: tuple[Any, ...],
+    *,
+    search: tuple[Any, ...] | None = None,
+    others: Callable[[object], str | None] | None = None,
+    doc: str,
+) -> Any:
+    """A field of a Config that takes one of ``values``.
+
+    Args:
+        search: the part searched by default; None for all.
+        others: says why a value that is not listed is not allowed, or None where it is; without it none is.
+        doc: one line.
+    """
+    options = Options(values, values if search is None else search, others)
+    return field(default=default, metadata={"domain": options, "doc": doc})
 
 
 def domains(config: type) -> dict[str, Range | Options]:
@@ -265,7 +278,8 @@ class Technique:
         finalise: (model, config) -> changes to merge into ``resolved``; after the training (cut by learned gates,
             fix learned widths).
         calibrate: (model, config, surroundings) -> None, after the model is converted, token reduction active.
-        simulated: config -> True where weights are really small but no integer kernel runs: no speed may be claimed.
+        simulated: (config, device kind: ``cpu`` or ``cuda``) -> True where weights are really small but no integer kernel runs
+            on such a device: no speed may be claimed.
         info_after: (info, config) -> info of the changed model, so that later steps are checked against it.
         models: families of models that it works on, keys of :mod:`workers.models`; on others it is infeasible.
         source: paper, arXiv id, section.
@@ -289,7 +303,7 @@ class Technique:
     on_progress: Callable[[nn.Module, Any, float], None] | None = None
     finalise: Callable[[nn.Module, Any], dict[str, Any]] | None = None
     calibrate: Callable[[nn.Module, Any, Surroundings], None] | None = None
-    simulated: Callable[[Any], bool] = _never
+    simulated: Callable[[Any, str], bool] = field(default=lambda config, device: False)
     info_after: Callable[[ModelInfo, Any], ModelInfo] = field(default=lambda info, config: info)
     models: tuple[str, ...] = ("timm",)
 

@@ -87,11 +87,11 @@ def sqrt2_codes(p: Tensor, scale: Tensor | float) -> Tensor:
 def from_log2(codes: Tensor, scale: Tensor | float, bits: int) -> Tensor:
     """Returns scale * 2^(-q / 2) as a shift by ceil(q / 2) and one of two scales, odd codes having sqrt 2 times the other.
 
-    Codes of 2^bits and more, which do not fit, are 0.
+    Codes of 2^bits and more, which do not fit, are 0; NaN stays NaN.
     """
     odd = codes % 2
     value = torch.exp2(-((codes + odd) / 2)) * (scale * (1 + odd * (2**0.5 - 1)))
-    return torch.where(codes < 2**bits, value, 0.0)
+    return torch.where(codes >= 2**bits, 0.0, value)
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _simulated(config: Config) -> bool:
+def _simulated(config: Config, device: str) -> bool:
     return True
 
 

@@ -5,8 +5,9 @@ model's output with that layer alone quantised from its output without, and the 
 Differs from the paper: training images take the place of distilled ones, and the allocation is the best one under the budget
 (a multiple-choice knapsack, by dynamic programming) instead of a picked point of a frontier.
 
-The table is measured on the baseline, once a study, and kept beside its artefact. A model whose layers are not the
-baseline's, after pruning or as a student, has a table of its own, measured where it is needed.
+The table is measured on the baseline, once a study, and kept beside its artefact, under a name with the rounding's version, the number
+of images and the widths: where one of them changes it is measured again. A model whose layers are not the baseline's, after pruning or
+as a student, has a table of its own, measured where it is needed.
 Costs: a pass over :data:`IMAGES` images for each layer and width.
 """
 
@@ -41,15 +42,20 @@ Table = dict[str, list[float]]
 """Layer to its sensitivities in nats an image, one a width of :data:`WIDTHS`."""
 
 
+class TooFewBits(NotQuantisable):
+    """No widths keep the budget."""
+
+
 # --- table ------------------------------------------------------------------------------------------------------------
 
 
-def table_for(model: nn.Module, surroundings: Surroundings, rounding: Round, *, name: str) -> Table:
+def table_for(model: nn.Module, surroundings: Surroundings, rounding: Round, *, name: str, version: int) -> Table:
     """Returns the table that holds for ``model``: the study's, or one of its own.
 
     Args:
         model: with linear layers that are not quantised.
         name: of the rounding; tables of different ones are kept apart.
+        version: of the technique that rounds; tables of different ones are, too.
     """
     teacher = surroundings.teacher()
     if _shapes(model) != _shapes(teacher):
@@ -60,7 +66,10 @@ def table_for(model: nn.Module, surroundings: Surroundings, rounding: Round, *, 
 
     if surroundings.once_a_study is None:
         return dict(json.loads(make(surroundings.batches)))
-    return dict(json.loads(surroundings.once_a_study(f"sensitivity_{name}.json", make)))
+    widths = "".join(map(str, WIDTHS))
+    return dict(
+        json.loads(surroundings.once_a_study(f"sensitivity_{name}_v{version}_images{IMAGES}_bits{widths}.json", make))
+    )
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -137,7 +146,7 @@ def allocate(
         mean_bits: bits a weight, on average over all weights.
 
     Raises:
-        ValueError: no width is small enough for the budget.
+        TooFewBits: no width is small enough for the budget.
     """
     unit = max(math.gcd(*sizes), -(-sum(sizes) * max(widths) // UNITS))
     units = [-(-size // unit) for size in sizes]
@@ -152,7 +161,7 @@ def allocate(
         least, chosen = options.min(dim=0)
         choices.append(chosen)
     if not math.isfinite(float(least[room])):
-        raise ValueError(f"mean_bits={mean_bits:g} is too small: the narrowest width has {min(widths)} bits")
+        raise TooFewBits(f"mean_bits={mean_bits:g} is too small: the narrowest width has {min(widths)} bits")
     found: list[int] = []
     for size, chosen in zip(reversed(units), reversed(choices), strict=True):
         width = widths[int(chosen[room])]

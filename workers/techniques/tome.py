@@ -27,6 +27,9 @@ from workers.techniques.token_blocks import best_first, require_blocks
 SHAPES = {"decreasing": -1, "constant": 0, "increasing": 1}
 """The paper's schedule parameter f: the sign of the slope of r over the blocks."""
 
+MOST = 288
+"""Largest ``r``: half of METER's 576 patches at 384 px, whose six layers need to merge many at once."""
+
 IMAGE_TOWER = "image_tower"
 """Value of ``where`` that merges in METER's image encoder."""
 
@@ -35,7 +38,7 @@ IMAGE_TOWER = "image_tower"
 class Config:
     """Average number of tokens to merge in a block, and how it is spread over the blocks."""
 
-    r: int = number(8, 0, 64, 1, search=(1, 16, 1), doc="tokens merged in a block, mean over the blocks")
+    r: int = number(8, 0, MOST, 1, search=(1, 16, 1), doc="tokens merged in a block, mean over the blocks")
     schedule: str = choice("constant", tuple(SHAPES), doc="how r changes from the first block to the last")
     proportional_attention: bool = choice(
         True, (True, False), search=(True,), doc="a merged token counts as often as it has sources"

@@ -178,8 +178,8 @@ def check(info: ModelInfo, config: Config) -> str | None:
     return None
 
 
-def simulated(config: Config) -> bool:
-    """Whether some layer may have a format that no kernel takes."""
+def simulated(config: Config, device: str) -> bool:
+    """Whether some layer may have a format that no kernel takes, whatever the device."""
     return not isinstance(config.bits, int) or not config.has_kernel(config.bits)
 
 
@@ -222,6 +222,7 @@ def _widths(found: Mapping[str, nn.Linear], model: nn.Module, config: Config, su
         surroundings,
         lambda weight, bits: rounded(weight, config, bits),
         name=f"weight_only_{config.granularity}_{config.group_size}",
+        version=TECHNIQUE.version,
     )
     sizes = [linear.weight.numel() for linear in found.values()]
     return sensitivity.allocate(sizes, [table[name] for name in found], config.mean_bits)

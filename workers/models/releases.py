@@ -1,0 +1,44 @@
+"""What the weights of both vision-language releases have in common: how a task's fine-tuning starts from others' weights.
+
+A release's module has ``PREFIX``, by which its weights are told from ours, ``from_release_state_dict`` and ``fetch``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TYPES = "token_type_embeddings.weight"
+"""Modality embeddings in our names, where a family does not keep them deeper."""
+
+_IMAGE_TYPE = 1
+"""Their row of the first image."""
+
+_MATCHING = "itm_score.fc"
+"""Image-text matching, of pretraining: two logits, of which the second is a match's."""
+
+
+def start_task_(found: dict[str, Tensor], release: Mapping[str, Tensor], model: Any, *, types: str = TYPES) -> None:
+    """Makes weights from before the task's fine-tuning whole, as both papers start it; ``found`` is changed in place.
+
+    The head is the model's own; retrieval's is image-text matching's row of a match, where that is there and fits.
+    NLVR2's second image gets the modality embedding of the first.
+
+    Args:
+        found: the release's weights under our names; heads that they have go.
+        types: our name of the modality embeddings.
+    """
+    head = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("head.")}
+    if model.task == "retrieval":
+        parts = {name: f"{_MATCHING}.{name.removeprefix('head.')}" for name in head}
+        match = {name: release[part][1:] for name, part in parts.items() if part in release}
+        if {name: tensor.shape for name, tensor in match.items()} == {n: t.shape for n, t in head.items()}:
+            head = match
+    for name in [name for name in found if name.startswith("head.")]:
+        del found[name]
+    found |= head
+    if model.images == 2 and types in found and len(found[types]) == 2:
+        found[types] = torch.cat([found[types], found[types][_IMAGE_TYPE:]])
