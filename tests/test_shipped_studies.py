@@ -41,12 +41,10 @@ def test_quick_searches_every_family_and_starts_from_known_good_recipes() -> Non
 SHIPPED_DATA = {
     "quick": TaskInfo(10, 1, 8, tuple(map(str, range(10)))),
     "survey_small": TaskInfo(10, 3, 32, tuple(map(str, range(10)))),
-    "survey_cifar10": TaskInfo(10, 3, 224, tuple(map(str, range(10)))),
-    "survey_cifar10_deit_base": TaskInfo(10, 3, 224, tuple(map(str, range(10)))),
-    "survey_cifar10_deit_tiny": TaskInfo(10, 3, 224, tuple(map(str, range(10)))),
-    "survey_cifar100": TaskInfo(100, 3, 224, tuple(map(str, range(100)))),
 }
 """What the data of each shipped study is, most of which is not here."""
+
+CIFAR = {"cifar10": 10, "cifar100": 100}
 
 TEXTS = {"vilt": TextInfo(30522, 40, 0), "meter": TextInfo(50265, 32, 1)}
 
@@ -57,6 +55,8 @@ def shipped_data(study: StudyConfig) -> TaskInfo:
     """What the data of a shipped study is; of those of PuMer's paper, what tokenizers and tasks say."""
     if study.data.kind.startswith("digit_"):  # these are at hand
         return tasks.info({"kind": study.data.kind})
+    if study.data.kind in CIFAR:
+        return TaskInfo(CIFAR[study.data.kind], 3, 224, tuple(map(str, range(CIFAR[study.data.kind]))))
     if study.name in SHIPPED_DATA:
         return SHIPPED_DATA[study.name]
     task, side = TASKS[study.data.kind], study.data.image_size or 0
@@ -77,6 +77,35 @@ def test_every_known_good_recipe_of_a_shipped_study_is_feasible_and_in_its_space
     for recipe in study.known_good():
         assert space.fault(recipe) is None
         assert space.params_of(recipe)
+
+
+SURVEYS = [name for name in config.shipped_studies() if name.startswith("survey_")]
+
+
+@pytest.mark.parametrize("name", SURVEYS)
+def test_a_survey_tries_every_technique_alone(name: str) -> None:
+    study = load_study(name, check_files=False)
+    alone = {recipe.steps[0].technique for recipe in study.known_good() if len(recipe.steps) == 1}
+    assert alone == set(study.techniques)
+
+
+@pytest.mark.parametrize("name", [name for name in SURVEYS if name.endswith("_cpu")])
+def test_a_survey_on_the_cpu_takes_the_models_that_were_trained_for_the_other(name: str) -> None:
+    from workers.stages import compile_recipe
+
+    cpu, cuda = (load_study(n, check_files=False) for n in (name, name.removesuffix("_cpu")))
+    ours = {recipe.label(): recipe for recipe in cpu.known_good()}
+    shared = [recipe for recipe in cuda.known_good() if recipe.label() in ours]
+    assert len(shared) > 10
+    assert cpu.data == cuda.data
+    at_hand = {"data": {"kind": "digits"}}  # CIFAR is not, and its digest is part of a context
+    here, there = (StudyConfig.from_dict({**study.to_dict(), **at_hand}).context() for study in (cpu, cuda))
+    assert here.device != there.device
+    for recipe in shared:
+        assert compile_recipe(recipe, 0, here) == compile_recipe(recipe, 0, there)
+    headline = [[step.technique for step in recipe.steps] for recipe in cpu.known_good()]
+    assert ["dynamic_int8"] in headline
+    assert ["distill", "dynamic_int8"] in headline
 
 
 def readme() -> str:
