@@ -58,7 +58,7 @@ class Case:
         model: section of a study; info: what its data would be.
         recipes: label to techniques.
         published: label to speed-up.
-        step: of the batch sizes.
+        batches: settings of the batch sizes that are not the protocol's.
         left: (model without weights, label) -> the tokens after the last layer, for a column.
     """
 
@@ -67,7 +67,7 @@ class Case:
     info: TaskInfo
     recipes: Mapping[str, Recipe]
     published: Mapping[str, float]
-    step: int
+    batches: Mapping[str, int]
     left: Callable[[nn.Module, str], object] = field(default=lambda model, label: "")
 
     def build(self, device: str) -> nn.Module:
@@ -211,7 +211,7 @@ def main(doc: str | None, cases: Sequence[Case], quick: int) -> None:
         for case in cases[: quick if options.quick else None]:
             if options.only and options.only not in case.name:
                 continue
-            steps = {"batch_step": case.step} | (QUICK if options.quick else {})
+            steps = {**case.batches, **(QUICK if options.quick else {})}
             tables = (
                 [peaks(case, options.peak_memory, device)]
                 if options.peak_memory
