@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
@@ -18,6 +16,7 @@ from pydantic import (
 )
 
 from orchestrator.constraints import Constraint, parse
+from orchestrator.study_data import VISION_LANGUAGE_KEYS, DataSection, Section
 from orchestrator.study_scalars import (
     Duration,
     Natural,
@@ -43,12 +42,6 @@ VISION_LANGUAGE = ("vilt", "meter")
 """Families of models that see images with texts."""
 
 # --- sections ---------------------------------------------------------------------------------------------------------
-
-
-class Section(BaseModel):
-    """A part of a study: unknown keys are faults, and text is not taken for a number."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class CreateSection(Section):
@@ -136,56 +129,6 @@ class ModelSection(Section):
         if isinstance(self.create, CreateSection):
             return self.create.timm_arguments()
         return dict(self.options if self.create is None else self.create)
-
-
-def _answers(value: object) -> object:
-    """Passes the number of a vocabulary's answers, or the path of a file that lists them."""
-    counted = isinstance(value, int) and not isinstance(value, bool) and value >= 2
-    if counted or (isinstance(value, str) and value):
-        return value
-    raise broken("must be a whole number from 2, or the path of a file of answers", "for example 3129")
-
-
-class DataSection(Section):
-    """Which images, with their texts where a task has some.
-
-    ``search_fraction`` of the training ones becomes the search split, unless the data has a validation part for it.
-    """
-
-    kind: Literal[
-        "digits",
-        "cifar10",
-        "cifar100",
-        "imagefolder",
-        "parquet",
-        "digit_vqa",
-        "digit_entailment",
-        "digit_nlvr",
-        "digit_retrieval",
-        "vqa",
-        "entailment",
-        "nlvr2",
-        "nlvr1",
-        "retrieval",
-    ]
-    path: str | None = None
-    image_size: Positive | None = None
-    search_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    split_seed: Natural = 0
-    train_limit: Positive | None = None
-    search_limit: Positive | None = None
-    report_limit: Positive | None = None
-    mean: list[float] | None = None
-    std: list[Annotated[float, Field(gt=0)]] | None = None
-    max_text_tokens: Annotated[int, Field(ge=3)] | None = None
-    truncation: bool = False
-    tokenizer: str | None = None
-    answers: Annotated[int | str, BeforeValidator(_answers)] = 3129
-    candidates: Annotated[int, Field(ge=2)] = 4
-
-
-VISION_LANGUAGE_KEYS = ("max_text_tokens", "truncation", "tokenizer", "answers", "candidates")
-"""Keys of the data section that images alone have no use for."""
 
 
 class RecoverySettings(Section):

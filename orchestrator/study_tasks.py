@@ -14,8 +14,8 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.constraints import DROPS, ConstraintError, parse
+from orchestrator.study_data import VISION_LANGUAGE_KEYS, DataSection
 from orchestrator.study_faults import objective_places
-from orchestrator.study_schema import VISION_LANGUAGE_KEYS, DataSection
 from orchestrator.study_yaml import Fault, nearest
 from workers.protocol import ACCURACIES
 

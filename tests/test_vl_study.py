@@ -16,7 +16,7 @@ from orchestrator.loading_code import usage
 from orchestrator.plan import technique_rows
 from orchestrator.report_words import model_text
 from orchestrator.space import SearchSpace
-from orchestrator.study_schema import VISION_LANGUAGE_KEYS, DataSection
+from orchestrator.study_data import VISION_LANGUAGE_KEYS, DataSection
 from orchestrator.study_tasks import TASKS, accuracies_of
 from orchestrator.study_yaml import Fault
 from tests.studies import tiny_study
