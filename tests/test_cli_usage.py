@@ -49,7 +49,7 @@ def test_techniques() -> None:
     rows = json.loads(call("techniques", "--format", "json").stdout)
     tome = next(r for r in rows if r["name"] == "tome")
     assert tome["family"] == "token_reduction"
-    assert tome["parameters"][0]["range"] == {"low": 0, "high": 64, "step": 1}
+    assert tome["parameters"][0]["range"] == {"low": 0, "high": 288, "step": 1}
     table = call("techniques").stdout.splitlines()
     assert table[0].split() == ["technique", "family", "parameter", "searched", "default", "meaning"]
     assert len(call("techniques", "--format", "csv").stdout.splitlines()) == len(rows) + 1
