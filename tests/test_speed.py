@@ -22,7 +22,7 @@ from workers.protocol import Measurement, Recipe, Step, TrialResult, TrialSpec, 
 from workers.protocols import PROTOCOLS
 from workers.run import run_remeasure, run_trial
 from workers.stages import compile_recipe
-from workers.strong_baseline import PROCESS_SIGMA, StrongBaseline, noise_of, with_noise
+from workers.strong_baseline import PROCESS_SIGMA, StrongBaseline, corrected, noise_of, settled, with_noise
 from workers.tasks import TaskInfo
 from workers.techniques import fp8, registry, versions
 from workers.techniques.record import defaults
@@ -195,6 +195,47 @@ def test_noise_takes_the_runs_of_its_own_kind() -> None:
     ]
     assert with_noise(record("latency"), runs).noise_sigma == pytest.approx(1)
     assert with_noise(record("throughput"), runs).noise_ratios == (1.0,)
+
+
+def aa(batch: int, ratio: float) -> Measurement:
+    return Measurement("aa_throughput", "key", "cpu", batch, 8, "quick", 1.0, "images/s", ratio, ratio, ratio)
+
+
+@pytest.mark.parametrize(
+    ("runs", "batch", "value"),
+    [
+        pytest.param([(64, 1.25), (96, 1.08), (64, 1.16), (96, 1.02)], 64, 1.205, id="as seen"),
+        pytest.param([(64, 1.25), (128, 1.08), (128, 1.0), (96, 1.02)], 128, 1.0, id="no more than half"),
+        pytest.param([(128, 1.3), (128, 1.2), (128, 1.3)], 128, 1.0, id="its own batch"),
+        pytest.param([(64, 0.9), (64, 1.005), (96, 1.3)], 128, 1.0, id="slower, or equally fast"),
+        pytest.param([], 128, 1.0, id="none"),
+    ],
+)
+def test_a_batch_that_fresh_processes_find_faster_becomes_the_units(
+    runs: list[tuple[int, float]], batch: int, value: float
+) -> None:
+    found = corrected(record("throughput", batch=128, value=1.0), [aa(*run) for run in runs])
+    assert (found.batch, found.value) == (batch, pytest.approx(value))
+
+
+def test_a_unit_is_corrected_until_its_runs_agree_and_twice_at_most() -> None:
+    asked: list[list[int]] = []
+
+    def measure(records: Any) -> list[Measurement]:
+        asked.append([r.batch for r in records])
+        quiet = Measurement("aa_latency", "key", "cpu", 1, 8, "quick", 1.0, "ms", 1.0, 1.0, 1.0)
+        return [quiet if r.kind == "latency" else aa(r.batch // 2, 2.0 if r.batch > end else 1.0) for r in records]
+
+    for end, batches in ((32, [128, 64, 32]), (1, [128, 64, 32])):
+        asked.clear()
+        (latency, throughput), runs = settled(
+            [record("latency"), record("throughput", batch=128, value=1.0)], measure, times=2
+        )
+        assert asked == [[1, 128], [1, 128], *[[batch] for batch in batches[1:] for _ in range(2)]]
+        assert (latency.noise_sigma, latency.noise_dof) == (0.0, 2)
+        assert (throughput.batch, throughput.value) == (32, 4.0)
+        assert throughput.noise_ratios == ((1.0, 1.0) if end == 32 else (2.0, 2.0)), "what is left shows as noise"
+        assert [run.kind for run in runs] == ["aa_latency"] * 2 + ["aa_throughput"] * 2
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

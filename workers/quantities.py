@@ -140,11 +140,11 @@ class Quantities:
             records = [
                 strong_baseline.find(kind, model, self.settings, inputs, device_name(bench.device)) for kind in kinds
             ]
-        runs: list[Measurement] = []
         with _local_folder(bench, bench.baseline_key) as folder:
-            for _ in range(int(self.settings["noise_runs"])):
-                runs += strong_baseline.measure_itself(records, folder, self.settings, asdict(info), str(bench.device))
-        return [strong_baseline.with_noise(record, runs) for record in records], runs
+            ask = partial(strong_baseline.measure_itself, folder=folder, settings=self.settings, task=asdict(info))
+            return strong_baseline.settled(
+                records, partial(ask, device=str(bench.device)), int(self.settings["noise_runs"])
+            )
 
     # --- memory -------------------------------------------------------------------------------------------------------
 

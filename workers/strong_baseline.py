@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -29,6 +30,9 @@ from workers.timing import Arm
 from workers.ways import as_way, way_names
 
 CHILD_TIMEOUT_S = 3600
+
+CORRECTIONS = 2
+"""Times that A/A runs may move the batch of the unit, see :func:`corrected`."""
 
 PROCESS_SIGMA = 0.005
 """Standard deviation of the log ratio that one artefact shows from trial to trial and that A/A runs in fresh, short processes
@@ -181,6 +185,50 @@ def measure_itself(
     if done.returncode:
         raise RuntimeError(f"the process of an A/A measurement failed: {done.stderr.strip()[-2000:]}")
     return [Measurement.from_dict(answer) for answer in json.loads(done.stdout.splitlines()[-1])]
+
+
+def corrected(record: StrongBaseline, runs: Sequence[Measurement]) -> StrongBaseline:
+    """Returns ``record`` at the batch size that fresh processes found to be faster, or ``record`` itself.
+
+    A/A runs choose their own batch. Where more than half of them took another one and were faster with it, the record's was
+    chosen in a disturbed moment, and every speed-up would be too large by as much.
+    """
+    ours = [run for run in runs if run.kind == f"aa_{record.kind}" and run.ratio is not None]
+    faster: dict[int, list[float]] = {}
+    for run in ours:
+        if run.batch != record.batch and run.ratio is not None and run.ratio > timing.GAIN:
+            faster.setdefault(run.batch, []).append(run.ratio)
+    if 2 * sum(map(len, faster.values())) <= len(ours):
+        return record
+    batch = max(faster, key=lambda size: statistics.median(faster[size]))
+    return replace(record, batch=batch, value=record.value * statistics.median(faster[batch]))
+
+
+def settled(
+    records: Sequence[StrongBaseline], measure: Callable[[Sequence[StrongBaseline]], list[Measurement]], times: int
+) -> tuple[list[StrongBaseline], list[Measurement]]:
+    """Returns the records with their noise, corrected where the A/A runs ask for it, and the runs of what they are now.
+
+    Args:
+        measure: makes one A/A run of each record, in a fresh process.
+        times: A/A runs of each record.
+    """
+    done: dict[str, tuple[StrongBaseline, list[Measurement]]] = {}
+    left = list(records)
+    for attempt in range(1 + CORRECTIONS):
+        runs = [run for _ in range(times) for run in measure(left)]
+        again = []
+        for record in left:
+            now = corrected(record, runs) if attempt < CORRECTIONS else record
+            own = [run for run in runs if run.kind == f"aa_{record.kind}"]
+            if now is record:
+                done[record.kind] = (with_noise(record, own), own)
+            else:
+                again.append(now)
+        left = again
+        if not left:
+            break
+    return [done[record.kind][0] for record in records], [run for record in records for run in done[record.kind][1]]
 
 
 def with_noise(record: StrongBaseline, runs: Sequence[Measurement]) -> StrongBaseline:
