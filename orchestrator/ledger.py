@@ -40,6 +40,7 @@ from orchestrator.ledger_schema import (
     attempt_row,
     attempts_table,
     conform,
+    frontier_table,
     measurements_table,
     report_record,
     row_fault,
@@ -212,7 +213,8 @@ class Ledger:
         if trials is not None:
             keep = pc.and_(keep, pc.is_in(table["trial_id"], value_set=pa.array(list(trials), pa.string())))
         rows = table.filter(keep).to_pylist()
-        return {r["trial_id"]: (r["status"], _metrics(r["metrics"])) for r in rows}
+        known = ({k: v for k, v in json.loads(r["metrics"]).items() if v is not None} for r in rows)
+        return {r["trial_id"]: (r["status"], metrics) for r, metrics in zip(rows, known, strict=True)}
 
     def consistent(self, read: Callable[[Snapshot], T]) -> T:
         """Returns ``read(snapshot)``, called again on a new snapshot where a part vanished or proved damaged while
@@ -390,8 +392,7 @@ class Ledger:
             "reference": [float(r) for r in reference],
             "context": context or self.context,
         }
-        rows = [{**row, **shared} for row in members.to_pylist()] or [shared]
-        new = pa.Table.from_arrays([pa.array([r.get(f.name) for r in rows], f.type) for f in FRONTIER], schema=FRONTIER)
+        new = frontier_table([{**row, **shared} for row in members.to_pylist()] or [shared])
         self.storage.put_atomic(name, parquet_bytes(pa.concat_tables([history, new])))
         return number
 
@@ -405,7 +406,3 @@ class Ledger:
         except PartUnreadableError as error:
             self._damaged[error.problem.file] = error.problem
             return empty(FRONTIER)
-
-
-def _metrics(text: str) -> dict[str, float]:
-    return {name: value for name, value in json.loads(text).items() if value is not None}

@@ -270,3 +270,8 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
         table[f.name].cast(f.type) if f.name in table.column_names else pa.nulls(len(table), f.type) for f in schema
     ]
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def frontier_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Makes rows of the frontier's history; a column that a row lacks is null."""
+    return pa.Table.from_arrays([pa.array([r.get(f.name) for r in rows], f.type) for f in FRONTIER], schema=FRONTIER)

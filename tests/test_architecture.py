@@ -30,6 +30,7 @@ RAY = {
     "orchestrator/losses.py",
     "orchestrator/ray_session.py",
     "orchestrator/submit.py",
+    "orchestrator/submit_package.py",
     "orchestrator/supervision.py",
     "orchestrator/trainable.py",
 }

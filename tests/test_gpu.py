@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from workers.protocol import Context, Recipe, Step, TrialSpec, trial_id
 from workers.protocols import PROTOCOLS
@@ -16,7 +15,6 @@ from workers.techniques.record import defaults
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
 SETTINGS = {

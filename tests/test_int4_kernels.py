@@ -11,8 +11,6 @@ from workers import int4_kernels
 from workers.affine import grouped_int4, pack_nibbles, packed_bytes
 from workers.techniques.weight_only import Config, empty_layer
 
-NO_CUDA = "needs a CUDA device of compute capability 8.0 or later"
-without_kernel = not torch.cuda.is_available() or bool(int4_kernels.lacking("cuda"))
 SHAPES = [(48, 64, 32), (65, 37, 32), (8, 256, 128), (3, 130, 64)]
 
 
@@ -57,8 +55,7 @@ def test_cuda_s_operators_take_the_shapes(rows: int, columns: int, group: int) -
     assert (found.shape, found.device.type) == ((5, rows), "cuda")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(without_kernel, reason=NO_CUDA)
+@pytest.mark.gpu(capability=(8, 0))
 @pytest.mark.parametrize("tokens", [1, 17, 200])
 @pytest.mark.parametrize(("rows", "columns", "group"), SHAPES)
 def test_cuda_s_product_is_that_of_the_cpu(rows: int, columns: int, group: int, tokens: int) -> None:
@@ -70,8 +67,7 @@ def test_cuda_s_product_is_that_of_the_cpu(rows: int, columns: int, group: int, 
     assert (found - expected).abs().max() <= 2**-6 * expected.abs().max()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(without_kernel, reason=NO_CUDA)
+@pytest.mark.gpu(capability=(8, 0))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_layer_goes_to_cuda_and_back(dtype: torch.dtype) -> None:
     linear = nn.Linear(37, 65)

@@ -102,7 +102,6 @@ def test_a_process_that_fails_says_how(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_cuda_allocator_tells_it_exactly(tmp_path: Path) -> None:
     weights = saved(tmp_path, LONG, 64)
     device = torch.device("cuda")

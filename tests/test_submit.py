@@ -22,6 +22,7 @@ import yaml
 
 from orchestrator import open_ledger
 from orchestrator import submit as s
+from orchestrator import submit_package as package
 from orchestrator.status import study_status
 from tests.processes import environment
 from tests.studies import tiny_study
@@ -76,41 +77,41 @@ def test_resume_counter(statuses: dict[str, str], resume: int | None, expected: 
 def test_package_is_what_ray_would_send(project: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     from ray._private.runtime_env.packaging import create_package
 
-    sizes = s.shipped_files(project)
+    sizes = package.shipped_files(project)
     assert set(sizes) == {"study.yaml", "job.py", ".gitignore"}
     archive = tmp_path_factory.mktemp("package") / "package.zip"
-    create_package(str(project), archive, include_gitignore=True, excludes=list(s.EXCLUDES))
+    create_package(str(project), archive, include_gitignore=True, excludes=list(package.EXCLUDES))
     with zipfile.ZipFile(archive) as packed:
         assert set(packed.namelist()) == set(sizes)
-    assert s.zip_bytes(sizes) == archive.stat().st_size
+    assert package.zip_bytes(sizes) == archive.stat().st_size
 
 
 def test_large_package_is_refused_with_its_largest_files(project: Path) -> None:
     (project / "weights.bin").write_bytes(b"x" * 300_000)
-    with pytest.raises(s.SubmitError, match=r"largest: weights\.bin \(0\.3 MiB\), .*\.rayignore"):
-        s.check_package(project, "study.yaml", limit=200_000)
+    with pytest.raises(package.SubmitError, match=r"largest: weights\.bin \(0\.3 MiB\), .*\.rayignore"):
+        package.check_package(project, "study.yaml", limit=200_000)
     (project / ".rayignore").write_text("weights.bin\n")
-    s.check_package(project, "study.yaml", limit=200_000)
+    package.check_package(project, "study.yaml", limit=200_000)
 
 
 def test_excluded_study_is_refused(project: Path) -> None:
     shutil.copy(QUICK, project / "ignored" / "study.yaml")
-    with pytest.raises(s.SubmitError, match=r"ignored/study\.yaml would not be sent"):
-        s.check_package(project, "ignored/study.yaml")
+    with pytest.raises(package.SubmitError, match=r"ignored/study\.yaml would not be sent"):
+        package.check_package(project, "ignored/study.yaml")
 
 
 @pytest.mark.parametrize(
     "address", ["127.0.0.1:8265", "ray://head:10001", "auto", "http://", "http://host:notaport", "http://[::1", ""]
 )
 def test_address_must_be_http(address: str) -> None:
-    with pytest.raises(s.SubmitError, match="write it like http://HEAD:8265"):
+    with pytest.raises(package.SubmitError, match="write it like http://HEAD:8265"):
         s.check_address(address, {})
 
 
 def test_environment_may_not_redirect_the_token() -> None:
     assert s.check_address("http://head:8265/", {"RAY_ADDRESS": "http://head:8265"}) == "http://head:8265"
     for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
-        with pytest.raises(s.SubmitError, match=f"unset {variable}"):
+        with pytest.raises(package.SubmitError, match=f"unset {variable}"):
             s.check_address("http://head:8265", {variable: "http://elsewhere:8265"})
 
 
@@ -119,7 +120,7 @@ def test_token_file_must_be_private(tmp_path: Path) -> None:
     path.write_text("secret\n")
     path.chmod(0o644)
     environ = {"RAY_AUTH_TOKEN_PATH": str(path)}
-    with pytest.raises(s.SubmitError, match=r"must be mode 0600, is 0644; run: chmod 600") as caught:
+    with pytest.raises(package.SubmitError, match=r"must be mode 0600, is 0644; run: chmod 600") as caught:
         s.find_token(environ)
     assert "secret" not in str(caught.value)
     path.chmod(0o600)
@@ -129,17 +130,17 @@ def test_token_file_must_be_private(tmp_path: Path) -> None:
 
 
 def test_missing_and_malformed_tokens(tmp_path: Path) -> None:
-    with pytest.raises(s.SubmitError, match="no token: cannot read"):
+    with pytest.raises(package.SubmitError, match="no token: cannot read"):
         s.find_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")})
-    with pytest.raises(s.SubmitError, match="one word") as caught:
+    with pytest.raises(package.SubmitError, match="one word") as caught:
         s.find_token({"RAY_AUTH_TOKEN": "two\nlines"})
     assert "two" not in str(caught.value)
 
 
 def test_study_must_be_inside_and_storage_shared(project: Path) -> None:
-    with pytest.raises(s.SubmitError, match="inside the working directory"):
+    with pytest.raises(package.SubmitError, match="inside the working directory"):
         s.submit(QUICK, address="http://127.0.0.1:1", working_dir=project, storage="/shared", token="t")
-    with pytest.raises(s.SubmitError, match="absolute path that every node mounts"):
+    with pytest.raises(package.SubmitError, match="absolute path that every node mounts"):
         s.submit(
             project / "study.yaml", address="http://127.0.0.1:1", working_dir=project, storage="results", token="t"
         )
@@ -156,14 +157,14 @@ def test_faults_of_the_study_come_before_the_network(project: Path) -> None:
 def test_data_may_lie_on_the_cluster_alone(project: Path) -> None:
     there = {"data": {"kind": "imagefolder", "path": "/mnt/there"}, "model": {"create": {}, "checkpoint": "/mnt/w.pth"}}
     (project / "study.yaml").write_text(yaml.safe_dump(tiny_study(**there)))
-    with pytest.raises(s.SubmitError, match="nothing answers"):
+    with pytest.raises(package.SubmitError, match="nothing answers"):
         s.submit(
             project / "study.yaml", address="http://127.0.0.1:1", working_dir=project, storage="/shared", token="t"
         )
 
 
 def test_nobody_listens() -> None:
-    with pytest.raises(s.SubmitError, match=r"nothing answers at http://127\.0\.0\.1:1 "):
+    with pytest.raises(package.SubmitError, match=r"nothing answers at http://127\.0\.0\.1:1 "):
         s.list_jobs("http://127.0.0.1:1", token="t")
 
 
@@ -239,7 +240,7 @@ def head() -> Iterator[Head]:
             try:
                 s.list_jobs(address, token=token)
                 break
-            except s.SubmitError:
+            except package.SubmitError:
                 if time.monotonic() > deadline or leader.poll() is not None:
                     pytest.fail((folder / "head.log").read_text()[-2000:])
                 time.sleep(0.5)
@@ -311,16 +312,16 @@ def test_stop_ends_cleanly(head: Head, project: Path) -> None:
 
 @pytest.mark.ray
 def test_wrong_or_no_token_is_refused(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(s.SubmitError, match="the cluster refused the token"):
+    with pytest.raises(package.SubmitError, match="the cluster refused the token"):
         s.list_jobs(head.address, token="wrong")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    with pytest.raises(s.SubmitError, match="the cluster asks for a token"):
+    with pytest.raises(package.SubmitError, match="the cluster asks for a token"):
         s.list_jobs(head.address)
 
 
 @pytest.mark.ray
 def test_unknown_job(head: Head) -> None:
-    with pytest.raises(s.SubmitError, match="no job 'nosuch' on this cluster; the newest: "):
+    with pytest.raises(package.SubmitError, match="no job 'nosuch' on this cluster; the newest: "):
         s.job_status("nosuch", head.address, token=head.token)
 
 

@@ -19,7 +19,6 @@ from workers.training_checkpoint import Checkpoints
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
 SETTINGS: dict[str, Any] = {

@@ -185,11 +185,11 @@ def test_bytes_keep_their_type_when_the_model_is_converted() -> None:
     assert torch.equal(found.to(torch.bfloat16).weight, before)
 
 
-@pytest.mark.skipif(torch.version.hip is not None, reason="AMD's devices have no kernel of this format")
 @pytest.mark.parametrize("capability", [None, (8, 0), (8, 6), (8, 9), (9, 0), (10, 0)])
 def test_a_speed_is_claimed_only_where_the_trial_s_device_has_the_kernel(
     capability: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert fp8.TECHNIQUE.simulated(Config(), "cpu")  # whatever device is beside it
@@ -215,8 +215,7 @@ def test_cuda_s_operator_takes_the_shapes(
     assert scale.shape == (1, weight.shape[1])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not fp8.has_kernel(), reason="needs a CUDA device of compute capability 8.9 or later")
+@pytest.mark.gpu(capability=(8, 9))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 17, 256])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (37, 65)])
@@ -231,10 +230,9 @@ def test_cuda_s_product_is_that_of_the_same_numbers(inputs: int, outputs: int, r
     assert (product.float().cpu() - expected).abs().max() <= 2**-7 * expected.abs().max()
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(capability=(8, 9))
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.skipif(not fp8.has_kernel(), reason="needs a CUDA device of compute capability 8.9 or later")
 def test_cuda_s_compiled_model_computes_the_same() -> None:
     model = fp8.TECHNIQUE.apply(vit(), Config(), surroundings(vit())).model.to("cuda")
     batch = images(4).cuda()
