@@ -8,14 +8,15 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from workers.techniques.record import Applied, Surroundings, Technique, choice, number
 
-KINDS = ("none", "nan", "allocate", "sleep", "hang", "raise", "die", "die_once", "sleep_once", "hog")
+KINDS = ("none", "nan", "allocate", "sleep", "hang", "raise", "die", "die_once", "sleep_once", "hog", "uneven")
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,25 @@ def apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appli
     with torch.no_grad():
         head = model.get_submodule("head")
         head.bias.add_(float("nan") if config.kind == "nan" else config.level * 1e-3)
-    return Applied(model, {}, ["head.bias"])
+    resolved = {"uneven": config.kind == "uneven"}
+    return Applied(rebuild(model, resolved), resolved, ["head.bias"])
 
 
 def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
+    if resolved["uneven"]:
+        model.forward = MethodType(uneven, model)
     return model
+
+
+def uneven(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Answers every other call with the same inputs from memory: correct, and of uncertain speed on any machine."""
+    known = getattr(model, "known", None)
+    if known is not None and known[0] is inputs:
+        model.known = None
+        return known[1]
+    output = type(model).forward(model, inputs)
+    model.known = (inputs, output)
+    return output
 
 
 TECHNIQUE = Technique(
