@@ -214,7 +214,7 @@ def _default(key: str) -> Any:
 
 
 def _with_absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    for section, key in (("model", "checkpoint"), ("data", "path"), ("data", "answers")):
+    for section, key in (("model", "checkpoint"), ("data", "path"), ("data", "answers"), ("data", "tokenizer")):
         part = values.get(section)
         if (
             isinstance(part, Mapping)
@@ -223,6 +223,8 @@ def _with_absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]
         ):
             beside = folder / Path(text).expanduser()
             path = beside if beside.exists() else Path(text).expanduser()
+            if key == "tokenizer" and not path.is_dir():
+                continue  # a name of the hub's
             values = {**values, section: {**part, key: str(path.absolute())}}
     return values
 

@@ -333,12 +333,15 @@ class StudyConfig(Section):
         from workers.models import checkpoint_digest  # these import torch
         from workers.tasks import data_digest
         from workers.tasks.answers import vocabulary_digest
+        from workers.tasks.tokenisers import folder_fingerprint
 
         checkpoint = self.model.checkpoint
         unused = set() if self.model.family in VISION_LANGUAGE else set(VISION_LANGUAGE_KEYS)
         data = self.data.model_dump(mode="json", exclude=unused)
         if isinstance(answers := data.get("answers"), str):
             data["answers"] = {"path": answers, "digest": vocabulary_digest(Path(answers))}
+        if (tokenizer := data.get("tokenizer")) is not None and (found := folder_fingerprint(tokenizer)):
+            data["tokenizer"] = {"path": tokenizer, "digest": found}
         return Context(
             model={
                 "family": self.model.family,

@@ -150,3 +150,26 @@ def test_published_tokeniser_from_a_folder(tmp_path: Path) -> None:
         tokenisers.read(text["tokenizer"], folder=str(folder))
     with pytest.raises(TaskError, match=r"data\.tokenizer '\./nowhere': must be a tokeniser's folder or a name"):
         tasks.load({**data, "tokenizer": "./nowhere"})
+
+
+def test_the_tokeniser_of_an_artefact_is_taken_with_its_vocabulary(tmp_path: Path) -> None:
+    pq.write_table(pa.table(rows("nlvr1", 12)), tmp_path / "a.parquet")
+    data = {"kind": "nlvr1", "path": str(tmp_path / "a.parquet"), "image_size": SIZE}
+    words = tokenisers.WordTokeniser.of(["a statement about two pictures", "1 2 3"])
+    folder = tmp_path / "artefact"
+    folder.mkdir()
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps({"extra": {"preprocessing": {"text": {"tokenizer": words.description()}}}}))
+    digest = tokenisers.folder_fingerprint(str(folder))
+    for given in (str(folder), {"path": str(folder), "digest": digest}):
+        task: Any = tasks.load({**data, "tokenizer": given})
+        assert task.text["tokenizer"] == words.description()
+        assert {tuple(ids) for ids in task.train.texts[:, :2].tolist()} == {
+            (tokenisers.CLS, words.encode(["statement"])[0][1])
+        }
+        assert (task.train.texts == tokenisers.UNK).any()  # numbers that it does not know
+    manifest.write_text(json.dumps({"extra": {"preprocessing": {"image_size": 8}}}))
+    with pytest.raises(TaskError, match=r"artefact: content must be the study's \(digest [0-9a-f]{16}\)"):
+        tasks.load({**data, "max_text_tokens": 20, "tokenizer": {"path": str(folder), "digest": digest}})
+    with pytest.raises(TaskError, match=r"must be the artefact of a model of images with texts.*KeyError"):
+        tasks.load({**data, "tokenizer": str(folder)})

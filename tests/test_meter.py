@@ -214,6 +214,26 @@ def test_fine_tuning_starts_from_pretraining(task: str) -> None:
         assert torch.equal(found["head.0.weight"], tiny(task).state_dict()["head.0.weight"])
 
 
+def test_statements_are_learnt_from_a_model_of_questions(tmp_path: Path) -> None:
+    source, model = loud("vqa"), tiny("nlvr2", seed=3)
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stored = source.state_dict() | {n: t.clone() for n, t in source.named_buffers()}  # as an artefact has them
+    assert len(stored) > len(source.state_dict())
+    save_file(stored, tmp_path / "ours.safetensors")
+    with pytest.raises(ModelError, match=r"wrong shape: .*token_type_embeddings"):
+        load_checkpoint_(model, tmp_path / "ours.safetensors")
+    load_checkpoint_(model, tmp_path / "ours.safetensors", fresh_head=True)
+    theirs = source.state_dict()
+    for name, tensor in model.state_dict().items():
+        expected = own[name] if name.startswith("head.") else theirs[name]
+        if name == "token_type_embeddings.weight":
+            expected = expected[[0, 1, 1]]
+        assert torch.equal(tensor, expected), name
+    save_file(tiny("vqa", vocab_size=37).state_dict(), tmp_path / "words.safetensors")
+    with pytest.raises(ModelError, match="word_embeddings"):  # others' words have other rows
+        load_checkpoint_(model, tmp_path / "words.safetensors", fresh_head=True)
+
+
 def test_weights_of_another_image_size_are_interpolated() -> None:
     small, large = tiny(), tiny(img_size=48)
     theirs = release.weights(small.shape, head="vqa")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,30 @@ def test_checkpoint_gives_the_weights(tmp_path: Path, suffix: str) -> None:
     loaded = models.build({**section(), "checkpoint": str(path)}, DATA).state_dict()
     assert all(torch.equal(weights[k], loaded[k]) for k in weights)
     assert len(models.checkpoint_digest(path)) == 64
+
+
+@pytest.mark.parametrize("name", [None, "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize("classes", [7, 10])
+def test_training_goes_on_from_a_checkpoint_and_other_classes_get_a_new_head(
+    tmp_path: Path, name: str | None, classes: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    weights = models.build(section(name), replace(DATA, num_classes=classes)).state_dict()
+    save_file(weights, tmp_path / "other.safetensors")
+    asked = {**section(name), "checkpoint": str(tmp_path / "other.safetensors")}
+    torch.manual_seed(1)
+    loaded = models.build({**asked, "train": True}, DATA).state_dict()
+    torch.manual_seed(1)
+    fresh = models.build(section(name), DATA).state_dict()
+    heads = {n for n in fresh if n.startswith("head")}
+    assert len(heads) == (2 if name is None else 4)
+    for n in fresh:
+        source = fresh if n in heads and classes == 7 else weights
+        assert torch.equal(loaded[n], source[n]), n
+    assert ("its head is not one of these classes" in caplog.text) == (classes == 7)
+    if classes == 7:
+        with pytest.raises(models.ModelError, match=r"head\.weight is \(7, 32\), the model has \(10, 32\)"):
+            models.build(asked, DATA)
 
 
 class Evil:

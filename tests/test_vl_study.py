@@ -22,7 +22,7 @@ from orchestrator.study_yaml import Fault
 from tests.studies import tiny_study
 from workers import models
 from workers.protocol import ACCURACIES, Recipe, Step
-from workers.tasks import KINDS, TaskInfo, TextInfo
+from workers.tasks import KINDS, TaskInfo, TextInfo, load
 from workers.techniques.record import ModelInfo
 
 
@@ -97,6 +97,30 @@ def test_a_checkpoint_may_be_a_downloaded_models_folder(tmp_path: Path) -> None:
     assert "must hold weights" in fault.rule
     save_file({}, tmp_path / "model.safetensors")
     assert load_study(study(model=model)).model.checkpoint == str(tmp_path)
+
+
+def test_a_folder_of_a_tokeniser_is_named_in_the_study_and_known_by_its_content(tmp_path: Path) -> None:
+    import yaml
+
+    from workers.tasks.tokenisers import WordTokeniser
+
+    ids = []
+    for name, texts in (("a", ["what digit"]), ("b", ["what digit"]), ("c", ["what colour"])):
+        place = tmp_path / name
+        (place / "words").mkdir(parents=True)
+        manifest = {"extra": {"preprocessing": {"text": {"tokenizer": WordTokeniser.of(texts).description()}}}}
+        (place / "words" / "manifest.json").write_text(json.dumps(manifest))
+        file = place / "study.yaml"
+        file.write_text(yaml.safe_dump(study(data={"kind": "digit_vqa", "tokenizer": "words"})))
+        found = load_study(file)
+        assert found.data.tokenizer == str(place / "words")
+        context = found.context()
+        assert context.data["tokenizer"]["path"] == str(place / "words")
+        assert load(context.data).info.text.vocab_size == 6
+        ids.append(context.digest)
+    assert ids[0] == ids[1] != ids[2]
+    file.write_text(yaml.safe_dump(study(data={"kind": "digit_vqa", "tokenizer": "bert-base-uncased"})))
+    assert load_study(file).data.tokenizer == "bert-base-uncased"
 
 
 def test_a_file_of_answers_is_named_in_the_study_and_known_by_its_content(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from workers.models import local_weights
+from workers.models import local_weights, releases
 from workers.models.timm_vit import ModelError
 from workers.techniques.record import ModelInfo
 
@@ -38,11 +38,16 @@ __all__ = [
 # transformers imports torchao, which at its import registers types in a way that torch 2.15 calls deprecated
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
+log = logging.getLogger("vitpareto")
+
 FAMILIES = {"timm": "timm_vit", "vilt": "vilt", "meter": "meter"}
 """Family to its module here. Modules of a family other than timm name it in a class attribute ``family``."""
 
 _RELEASES = {"vilt": "vilt_release", "meter": "meter_release"}
 """Families whose published weights have other names than ours: the module that reads both."""
+
+_HEADS = ("head.", "head_dist.")
+"""Prefixes of the classifiers' tensors, in every family."""
 
 
 def _family(name: object) -> Any:
@@ -147,7 +152,8 @@ def load_checkpoint_(
     Those of a vision-language family may have its release's names.
 
     Args:
-        fresh_head: a release's weights are to be fine-tuned: see :func:`workers.models.releases.start_task_`.
+        fresh_head: the weights are to be fine-tuned. A release's get a new head, as
+            :func:`workers.models.releases.start_task_` says; all others keep theirs where it fits the classes.
         counted_answers: the classes of VQA are the most frequent answers of the data, so a release's head, whose answers
             have another order, is refused.
 
@@ -171,4 +177,17 @@ def load_checkpoint_(
                 f"checkpoint {path}: has no head for {task}: it is from before fine-tuning, or for another task; "
                 "set model.train: true for a new head"
             )
+    elif fresh_head:
+        weights = _of_next_task(weights, module, path)
     local_weights.fit_(module, weights, f"checkpoint {path}")
+
+
+def _of_next_task(weights: dict[str, Tensor], module: nn.Module, path: str | Path) -> dict[str, Tensor]:
+    """Returns our own weights with the module's heads where theirs, of other classes or another task, do not fit."""
+    weights, own = dict(weights), module.state_dict()
+    heads, theirs = ({n: t for n, t in found.items() if n.startswith(_HEADS)} for found in (own, weights))
+    if {n: t.shape for n, t in heads.items()} != {n: t.shape for n, t in theirs.items()}:
+        log.warning("checkpoint %s: its head is not one of these classes; a new one is trained", path)
+        weights = {n: t for n, t in weights.items() if n not in theirs} | heads
+    releases.second_image_(weights, module)
+    return weights

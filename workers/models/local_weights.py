@@ -86,10 +86,14 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 def fit_(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
     """Loads ``weights`` into ``module`` in place, every name and shape matching; the module is unchanged otherwise.
 
+    Buffers that a state dict leaves out, as an artefact does not, are what the module has.
+
     Raises:
         ModelError: names what is missing, unexpected and of another shape.
     """
     expected = module.state_dict()
+    derived = {name for name, _ in module.named_buffers()} - expected.keys()
+    weights = {name: tensor for name, tensor in weights.items() if name not in derived}
     kinds = {
         "missing": [k for k in expected if k not in weights],
         "unexpected": [k for k in weights if k not in expected],

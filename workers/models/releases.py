@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 TYPES = "token_type_embeddings.weight"
-"""Modality embeddings in our names, where a family does not keep them deeper."""
+"""How our names of modality embeddings end."""
 
 _IMAGE_TYPE = 1
 """Their row of the first image."""
@@ -21,7 +21,7 @@ _MATCHING = "itm_score.fc"
 """Image-text matching, of pretraining: two logits, of which the second is a match's."""
 
 
-def start_task_(found: dict[str, Tensor], release: Mapping[str, Tensor], model: Any, *, types: str = TYPES) -> None:
+def start_task_(found: dict[str, Tensor], release: Mapping[str, Tensor], model: Any) -> None:
     """Makes weights from before the task's fine-tuning whole, as both papers start it; ``found`` is changed in place.
 
     The head is the model's own; retrieval's is image-text matching's row of a match, where that is there and fits.
@@ -29,7 +29,6 @@ def start_task_(found: dict[str, Tensor], release: Mapping[str, Tensor], model: 
 
     Args:
         found: the release's weights under our names; heads that they have go.
-        types: our name of the modality embeddings.
     """
     head = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("head.")}
     if model.task == "retrieval":
@@ -40,5 +39,11 @@ def start_task_(found: dict[str, Tensor], release: Mapping[str, Tensor], model: 
     for name in [name for name in found if name.startswith("head.")]:
         del found[name]
     found |= head
-    if model.images == 2 and types in found and len(found[types]) == 2:
-        found[types] = torch.cat([found[types], found[types][_IMAGE_TYPE:]])
+    second_image_(found, model)
+
+
+def second_image_(found: dict[str, Tensor], model: Any) -> None:
+    """Gives the second image of a model of two the modality embedding of the first, where ``found`` is of a model of one."""
+    for name, own in model.state_dict().items():
+        if name.endswith(TYPES) and name in found and len(own) == len(found[name]) + 1:
+            found[name] = torch.cat([found[name], found[name][_IMAGE_TYPE:]])

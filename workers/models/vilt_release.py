@@ -97,5 +97,5 @@ def from_release_state_dict(
         rows = model.embeddings.position_embeddings.shape[1]
         found[key] = vl.resample_positions(found[key][0], rows, mode="bilinear")[None]
     if fresh_head:
-        releases.start_task_(found, release, model, types=f"embeddings.{releases.TYPES}")
+        releases.start_task_(found, release, model)
     return found

@@ -33,10 +33,11 @@ _SCORES = ("classes", "agreeing")
 def key(data: Mapping[str, Any], digest: str) -> str:
     """Returns the key under which the splits of a data section with all defaults in it are remembered."""
     settings = {name: data[name] for name in TEXT_DEFAULTS}
-    if not isinstance(settings["answers"], int):
-        settings["answers"] = settings["answers"]["digest"]
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            settings[name] = value["digest"]
     parts = [VERSION, decoded.index_key(data, digest), *settings.values()]
-    if data["tokenizer"] is not None:
+    if isinstance(data["tokenizer"], str):
         parts.append(folder_fingerprint(data["tokenizer"]))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

@@ -6,6 +6,7 @@ An id list has the class token first and the separator last, as BERT and RoBERTa
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,9 @@ SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 
 PAD, CLS, SEP, UNK = range(4)
 _WORD = re.compile(r"\w+|[^\w\s]")
+_MANIFEST = "manifest.json"
+"""Of an artefact: see :mod:`workers.artefact`."""
+
 _UNLIMITED = 1_000_000
 """A ``model_max_length`` above this is transformers' way to say that the tokeniser knows none."""
 
@@ -123,23 +127,49 @@ def _published(name: str) -> Any:
 
 
 def folder_fingerprint(name: str) -> str:
-    """Returns 16 digits that name the files of a local tokeniser folder; empty for a name of the hub."""
+    """Returns 16 digits that name the files of a local tokeniser folder, of an artefact its manifest; empty for a name of the hub."""
     folder = Path(name)
     if not folder.is_dir():
         return ""
     digest = hashlib.sha256()
-    for file in sorted(f for f in folder.iterdir() if f.suffix in (".json", ".txt", ".model")):
+    manifest = folder / _MANIFEST
+    files = [manifest] if manifest.is_file() else folder.iterdir()
+    for file in sorted(f for f in files if f.suffix in (".json", ".txt", ".model")):
         digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def open_tokeniser(name: str | None, training_texts: Iterable[str]) -> Tokeniser:
-    """Returns the tokeniser of ``data.tokenizer``: None makes one of the training texts' words.
+def open_tokeniser(given: str | Mapping[str, str] | None, training_texts: Iterable[str]) -> Tokeniser:
+    """Returns the tokeniser of ``data.tokenizer``.
+
+    Args:
+        given: None makes one of the training texts' words; a folder that is an artefact gives the one that it was trained
+            with; any other folder, or a name, is for transformers. With ``path`` and ``digest`` a folder with that content.
 
     Raises:
-        TaskError: it is neither a folder nor can be downloaded.
+        TaskError: it is neither a folder nor can be downloaded, or has another content.
     """
-    return WordTokeniser.of(training_texts) if name is None else PublishedTokeniser(name)
+    if given is None:
+        return WordTokeniser.of(training_texts)
+    name, expected = (given, None) if isinstance(given, str) else (given["path"], given["digest"])
+    if expected is not None and (found := folder_fingerprint(name)) != expected:
+        raise TaskError(
+            f"data.tokenizer {name}: content must be the study's (digest {expected}), this node's has {found or 'no file'}; "
+            "copy the study's folder here, or give another name to a study with a new one"
+        )
+    manifest = Path(name) / _MANIFEST
+    return _of_artefact(manifest) if manifest.is_file() else PublishedTokeniser(name)
+
+
+def _of_artefact(manifest: Path) -> Tokeniser:
+    try:
+        description = json.loads(manifest.read_text())["extra"]["preprocessing"]["text"]["tokenizer"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TaskError(
+            f"data.tokenizer {manifest.parent}: must be the artefact of a model of images with texts, its {manifest.name} says "
+            f"of no tokenizer ({error!r}); give the folder of one, or of a tokeniser"
+        ) from error
+    return read(description)
 
 
 def read(description: Mapping[str, Any], folder: str | None = None) -> Tokeniser:
