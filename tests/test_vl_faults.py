@@ -114,6 +114,16 @@ def change(file: Path, key: str, number: int, value: Any) -> None:
             r"questions\[2\]: must have the key 'question_id', has image_id, question",
         ),
         ("questions", {"question_id": [2]}, r"questions\[2\]: question_id must be a whole number, got \[2\]"),
+        (
+            "questions",
+            {"question_id": 1},
+            r"questions\[2\]: question_id must occur once, 1 is that of .*questions\[1\] too",
+        ),
+        (
+            "annotations",
+            {"question_id": 1},
+            r"annotations\[18\]: question_id must occur once, 1 is that of .*annotations\[2\] too",
+        ),
         ("questions", {"image_id": "abc"}, r"questions\.json question 2: image_id must be a whole number, got 'abc'"),
         ("questions", {"image_id": 1.5}, "question 2: image_id must be a whole number, got 1.5"),
         ("annotations", 7, r"annotations\.json annotations\[2\]: must be a JSON object, is int"),

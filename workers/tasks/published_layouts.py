@@ -99,10 +99,9 @@ def _vqa(kind: str, root: Path, pictures: FilePictures) -> Read:
     for part, year in (("train", "train2014"), ("test", "val2014")):
         questions, annotations = (_one(root, f"*{year}_{what}.json") for what in ("questions", "annotations"))
         used += [questions, annotations]
-        answered = {_number(one, "question_id", name): one for name, one in _list(annotations, "annotations")}
+        answered = dict(_numbered(annotations, "annotations"))
         found[part] = Collected()
-        for place, one in _list(questions, "questions"):
-            number = _number(one, "question_id", place)
+        for number, one in _numbered(questions, "questions"):
             name = f"{questions.name} question {number}"
             if number not in answered:
                 raise TaskError(f"{name}: must have its answers in {annotations.name}; use files of one release")
@@ -110,6 +109,19 @@ def _vqa(kind: str, root: Path, pictures: FilePictures) -> Read:
             answers = ten_answers(answered[number].get("answers") or [], name)
             found[part].add(name, (pictures.row(file, name),), one.get("question"), answers=answers)
     return found, used
+
+
+def _numbered(file: Path, key: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yields (``question_id``, object) of each entry of a list; no number may come twice."""
+    seen: dict[int, str] = {}
+    for name, one in _list(file, key):
+        number = _number(one, "question_id", name)
+        if number in seen:
+            raise TaskError(
+                f"{name}: question_id must occur once, {number} is that of {seen[number]} too; use the published file"
+            )
+        seen[number] = name
+        yield number, one
 
 
 def _snli_ve(kind: str, root: Path, pictures: FilePictures) -> Read:
