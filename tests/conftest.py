@@ -1,8 +1,19 @@
-"""What all tests share: a test marked ``gpu`` is skipped where its device is not."""
+"""What all tests share: a lane and a cache of their own; a test marked ``gpu`` is skipped where its device is not."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps tests and their processes from waiting for, or reading from, what else the user runs on this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, folder in (("VITPARETO_LANE_DIR", "lane"), ("VITPARETO_CACHE", "cache")):
+            patch.setenv(variable, str(tmp_path_factory.mktemp(folder)))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

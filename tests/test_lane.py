@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import fcntl
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.clocks import Clock
+from workers import deadline as deadline_module
+from workers import lane as lane_module
 from workers.deadline import Deadline, DeadlineExceeded, guard
 from workers.lane import TICK_S, Lane
 from workers.private_folder import private_folder
 
 ROOT = Path(__file__).parent.parent
 
+CHUNK_S = 0.05
+
 TRAINER = """
 import sys, time
 from workers.lane import Lane
+chunk_s, log = float(sys.argv[1]), open(sys.argv[2], "ab", buffering=0)
 lane = Lane("cpu")
 with lane.shared():
     print("in", flush=True)
     while True:
-        time.sleep(0.05)
+        time.sleep(chunk_s)
+        log.write(b".")
         lane.tick()
 """
 
@@ -57,6 +67,11 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VITPARETO_LANE_DIR", str(tmp_path / "lane"))
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch, deadline_module, lane_module)
+
+
 def start(code: str, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
@@ -74,6 +89,18 @@ def stop(*processes: subprocess.Popen[str]) -> None:
             process.stdout.close()
 
 
+def patched_flock(monkeypatch: pytest.MonkeyPatch, taken: Callable[[], None]) -> None:
+    """Calls ``taken`` whenever this process has got a lock."""
+    flock = fcntl.flock
+
+    def told(fd: int, how: int) -> None:
+        flock(fd, how)
+        if how != fcntl.LOCK_UN:
+            taken()
+
+    monkeypatch.setattr(fcntl, "flock", told)
+
+
 def test_exclusive_excludes_everybody_and_shared_does_not_exclude_shared(tmp_path: Path) -> None:
     log = tmp_path / "log"
     processes = [start(RECORDER, kind, str(log)) for kind in ("shared", "shared", "exclusive", "exclusive")]
@@ -89,18 +116,24 @@ def test_exclusive_excludes_everybody_and_shared_does_not_exclude_shared(tmp_pat
         assert inside["exclusive"] == 0 or inside["shared"] == 0
 
 
-def test_a_measurement_gets_in_while_two_trainers_never_leave() -> None:
-    trainers = [start(TRAINER), start(TRAINER)]
+def test_a_measurement_gets_in_while_two_trainers_never_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"  # a byte a chunk
+    sizes: list[int] = []
+    trainers = [start(TRAINER, str(CHUNK_S), str(log)) for _ in range(2)]
     try:
         for trainer in trainers:
             wait_for_line(trainer)
+        patched_flock(monkeypatch, lambda: sizes.append(log.stat().st_size))
         lane = Lane("cpu")
         for _ in range(3):
-            before = lane.waited_s
+            sizes.clear()
             with lane.exclusive():
-                pass
-            # a chunk is 0.05 s and the gate is looked at every TICK_S; the rest is for a busy machine
-            assert lane.waited_s - before < TICK_S + 5
+                at_the_gate, inside = sizes
+                time.sleep(2 * CHUNK_S)
+                assert log.stat().st_size == inside
+            assert inside - at_the_gate <= 2 * math.ceil(TICK_S / CHUNK_S)  # chunks until both look at the gate
+            while log.stat().st_size == inside:
+                time.sleep(0.01)
     finally:
         stop(*trainers)
 
@@ -123,18 +156,15 @@ def test_devices_have_lanes_of_their_own() -> None:
         pass
 
 
-def test_waiting_is_counted_and_pauses_the_deadline() -> None:
-    holder = start(HOLDER)
-    wait_for_line(holder)
+def test_waiting_is_counted_and_pauses_the_deadline(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    patched_flock(monkeypatch, lambda: clock.sleep(10))
     deadline = Deadline(60)
     lane = Lane("cpu", deadline=deadline)
-    started, spent = time.monotonic(), deadline.spent_s
-    killer = subprocess.Popen([sys.executable, "-c", f"import os,time; time.sleep(.5); os.kill({holder.pid}, 9)"])
-    with lane.shared():
-        passed = time.monotonic() - started
-    stop(holder, killer)
-    assert lane.waited_s > 0.2
-    assert deadline.spent_s - spent < passed - 0.9 * lane.waited_s + 0.5
+    for times, hold in enumerate((lane.shared, lane.exclusive), 1):
+        with hold():  # the gate and the lane
+            assert lane.waited_s == 20 * times
+            clock.sleep(3)
+        assert deadline.spent_s == 3 * times
 
 
 def test_the_lane_cannot_be_taken_twice_by_one_holder() -> None:
@@ -160,28 +190,19 @@ def test_a_private_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatc
         private_folder("lane", "VITPARETO_LANE_DIR")
 
 
-class Clock:
-    """A monotonic clock that the test moves."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 100.0
-        monkeypatch.setattr("workers.deadline.time.monotonic", lambda: self.now)
-
-
-def test_the_deadline_counts_own_work_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
+def test_the_deadline_counts_own_work_only(clock: Clock) -> None:
     deadline = Deadline(10)
-    clock.now += 4
+    clock.sleep(4)
     with deadline.paused():
-        clock.now += 100
+        clock.sleep(100)
         assert deadline.remaining_s == 6
         with deadline.paused():
-            clock.now += 1
-        clock.now += 1
+            clock.sleep(1)
+        clock.sleep(1)
     deadline.check()
-    clock.now += 5.9
+    clock.sleep(5.875)
     deadline.check()
-    clock.now += 0.2
+    clock.sleep(0.25)
     with pytest.raises(DeadlineExceeded, match=r"10\.1 s of work of 10 s allowed"):
         deadline.check()
 
@@ -200,9 +221,16 @@ def test_the_guard_stops_code_that_never_checks() -> None:
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-def test_the_guard_waits_while_the_deadline_is_paused() -> None:
-    deadline = Deadline(0.2)
+def test_the_guard_waits_while_the_deadline_is_paused(clock: Clock) -> None:
+    deadline = Deadline(3600)
     with guard(deadline):
         with deadline.paused():
-            time.sleep(0.6)
-        assert deadline.remaining_s < 0.2
+            clock.sleep(7200)
+            signal.raise_signal(signal.SIGALRM)
+        clock.sleep(600)
+        signal.setitimer(signal.ITIMER_REAL, 0)  # as an alarm that rang leaves it
+        signal.raise_signal(signal.SIGALRM)
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] < 3001, "set again to what a pause left"
+        clock.sleep(3000)
+        with pytest.raises(DeadlineExceeded):
+            signal.raise_signal(signal.SIGALRM)

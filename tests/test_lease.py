@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.clocks import Clock
 from workers import lease as lease_module
-from workers.lease import LeaseHeld, LeaseLost, acquire, generations, holder, identity
+from workers.lease import HEARTBEAT_S, TTL_S, LeaseHeld, LeaseLost, acquire, alive, generations, holder, identity
 from workers.storage import LocalStorage
 
 NAME = "studies/lease"
@@ -60,14 +62,15 @@ def test_a_killed_process_is_succeeded_at_once(storage: LocalStorage) -> None:
     assert process.stdout.readline() == "held\n"
     with pytest.raises(LeaseHeld):
         acquire(storage, NAME)
+    record = holder(storage, NAME)
+    assert record is not None
     process.send_signal(signal.SIGKILL)
-    started = time.monotonic()
-    while process.poll() is None and holder(storage, NAME):
-        time.sleep(0.01)
-    with acquire(storage, NAME) as successor:  # a zombie counts as dead: nobody has waited for it yet
-        assert time.monotonic() - started < 2.0
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, but a zombie: nobody has waited for it yet
+    # Its silence lets nobody in, and time.sleep refuses less than 0: the first look must do.
+    with acquire(storage, NAME, ttl_s=math.inf, poll_s=-1) as successor:
         assert successor.generation == 2
     process.wait()
+    assert alive(record) is False
     process.stdout.close()
 
 
@@ -85,34 +88,49 @@ def test_a_damaged_or_failed_record_does_not_block(storage: LocalStorage, conten
         assert successor.generation == 2
 
 
-def test_a_silent_holder_elsewhere_is_succeeded_after_the_ttl(storage: LocalStorage) -> None:
-    held_elsewhere(storage)
-    started = time.monotonic()
-    with acquire(storage, NAME, ttl_s=0.5, poll_s=0.05) as successor:
-        assert time.monotonic() - started > 0.5
+class Elsewhere(Clock):
+    """Time that passes only while the taker sleeps, in which a holder on another machine beats ``beats`` times."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, storage: LocalStorage, beats: int) -> None:
+        super().__init__(monkeypatch, lease_module)
+        self.storage, self.beats, self.beaten = storage, beats, 0
+        held_elsewhere(storage)
+
+    def sleep(self, seconds: float) -> None:
+        super().sleep(seconds)
+        while self.beaten < min(self.beats, self.passed_s // HEARTBEAT_S):
+            self.beaten += 1
+            held_elsewhere(self.storage, 1, self.beaten)
+
+
+def test_a_silent_holder_elsewhere_is_succeeded_after_the_ttl(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Elsewhere(monkeypatch, storage, beats=0)
+    with acquire(storage, NAME, poll_s=0.5) as successor:
+        assert clock.passed_s == TTL_S + 0.5  # the first look after it
         assert successor.generation == 2
 
 
-def test_a_heartbeat_elsewhere_is_respected(storage: LocalStorage) -> None:
-    held_elsewhere(storage)
-    threading.Timer(0.3, held_elsewhere, (storage, 1, 1)).start()
+def test_the_ttl_counts_from_the_last_beat(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Elsewhere(monkeypatch, storage, beats=3)
+    with acquire(storage, NAME, wait=lambda: False, poll_s=0.5) as successor:
+        assert clock.passed_s == 3 * HEARTBEAT_S + TTL_S + 0.5
+        assert successor.generation == 2
+
+
+def test_a_heartbeat_elsewhere_is_respected(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Elsewhere(monkeypatch, storage, beats=1)
     with pytest.raises(LeaseHeld, match="another-machine"):
-        acquire(storage, NAME, ttl_s=5.0, poll_s=0.05)
+        acquire(storage, NAME, poll_s=0.5)
+    assert clock.passed_s == HEARTBEAT_S
     assert generations(storage, NAME) == 1
 
 
-def test_a_waiter_waits_while_the_holder_beats(storage: LocalStorage) -> None:
-    held_elsewhere(storage)
-    done = threading.Event()
-
-    def beat() -> None:
-        for count in range(1, 8):
-            time.sleep(0.1)
-            held_elsewhere(storage, 1, count)
-        done.set()
-
-    threading.Thread(target=beat).start()
-    assert acquire(storage, NAME, wait=done.is_set, ttl_s=0.5, poll_s=0.02) is None
+def test_a_waiter_waits_while_the_holder_beats(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Elsewhere(monkeypatch, storage, beats=7)
+    assert acquire(storage, NAME, wait=lambda: clock.beaten == 7, poll_s=0.5) is None
+    assert clock.passed_s == 7 * HEARTBEAT_S > TTL_S
     assert generations(storage, NAME) == 1
 
 

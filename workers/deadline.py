@@ -84,8 +84,8 @@ def guard(deadline: Deadline) -> Iterator[None]:
             deadline.check()
 
     previous = signal.signal(signal.SIGALRM, ring)
-    arm()
     try:
+        arm()
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
