@@ -16,6 +16,9 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
+WAIT_S = 240
+"""Less than pytest's own limit, so that a wait in vain ends by saying what it waited for."""
+
 needs_browser = pytest.mark.skipif(
     BROWSER is None or DRIVER is None,
     reason="needs chromium and chromedriver: apt-get install chromium chromium-driver",
@@ -58,7 +61,7 @@ class Browser:
         return self.driver.execute_script(script, *arguments)
 
     def wait(self, script: str, *arguments: Any) -> None:
-        WebDriverWait(self.driver, 20, 0.05).until(lambda _: self.js(script, *arguments), script)
+        WebDriverWait(self.driver, WAIT_S, 0.05).until(lambda _: self.js(script, *arguments), script)
 
     def text(self, selector: str) -> str:
         return str(self.driver.find_element(By.CSS_SELECTOR, selector).text)

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from orchestrator.ledger import Ledger
@@ -21,7 +23,8 @@ from workers.protocol import Recipe
 from workers.storage import LocalStorage
 
 HERE = Path(__file__).parent
-WAIT_S = 120.0
+MARK = "VITPARETO_TEST_STUDY"
+"""Variable by which whatever a study's driver starts is told from all else."""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -34,12 +37,19 @@ class Study:
     """A study on disk and the processes that drive it."""
 
     def __init__(self, folder: Path, config: dict[str, Any], **env: str) -> None:
-        self.config, self.folder, self.env = config, folder, environment(**env)
+        self.config, self.folder, self.mark = config, folder, uuid.uuid4().hex
+        self._hold = folder / "hold"
+        self.env = environment(**{MARK: self.mark, "VITPARETO_HOLD": str(self._hold), **env})
         self.name = config["name"]
         self.storage = LocalStorage(folder / "results")
         self.ledger = Ledger(self.storage, self.name)
         self.file = folder / "study.yaml"
-        self.file.write_text(yaml.safe_dump(config))
+        self.change()
+
+    def change(self, **changes: Any) -> None:
+        """Writes the study's file, with other values for some keys."""
+        self.config = {**self.config, **changes}
+        self.file.write_text(yaml.safe_dump(self.config))
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Starts `vitpareto` with the storage's option, as the leader of a process group of its own."""
@@ -54,8 +64,8 @@ class Study:
             start_new_session=True,
         )
 
-    def finish(self, *arguments: str, status: int = 0, wait_s: float = WAIT_S) -> str:
-        """Runs `vitpareto` to its end and returns what it printed."""
+    def finish(self, *arguments: str, status: int = 0, wait_s: float | None = None) -> str:
+        """Runs `vitpareto` to its end and returns what it printed; pytest's own limit is the only one by default."""
         process = self.start(*arguments)
         try:
             output = process.communicate(timeout=wait_s)[0]
@@ -64,9 +74,35 @@ class Study:
         assert process.returncode == status, output
         return output
 
-    def run(self, wait_s: float = WAIT_S) -> str:
+    def run(self, wait_s: float | None = None) -> str:
         """Runs the study to its end."""
         return self.finish("run", str(self.file), "--quiet", wait_s=wait_s)
+
+    def hold(self, when: str) -> None:
+        """Makes workers wait: ``training`` in the middle of one, a number where they wrote that row or a later one."""
+        self._hold.write_text(when)
+
+    def held(self) -> list[int]:
+        """Returns the processes that have waited since :meth:`hold`."""
+        return [int(note.suffix[1:]) for note in self.folder.glob(f"{self._hold.name}.*")]
+
+    def release(self) -> None:
+        """Lets those that wait go on."""
+        for file in [self._hold, *self.folder.glob(f"{self._hold.name}.*")]:
+            file.unlink(missing_ok=True)
+
+    def kill(self, process: subprocess.Popen[str]) -> None:
+        """Kills the driver's group and waits until all that it started is gone too: Ray makes groups of its own for that,
+        and a worker that is still importing might start a stage later.
+        """
+        kill_group(process)
+        while any(map(self._mine, psutil.process_iter())):
+            time.sleep(0.1)
+
+    def _mine(self, process: psutil.Process) -> bool:
+        with suppress(psutil.Error):
+            return bool(process.environ().get(MARK) == self.mark)
+        return False
 
     def attempts(self) -> list[dict[str, Any]]:
         """Returns every attempt in the ledger, by start."""
@@ -100,12 +136,10 @@ class Study:
         return self.ledger.asks(stored["context"])
 
 
-def until(condition: Callable[[], Any], process: subprocess.Popen[str], wait_s: float = WAIT_S) -> Any:
+def until(condition: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
     """Waits until ``condition`` is true and returns its value; the process must not end before."""
-    deadline = time.monotonic() + wait_s
     while not (found := condition()):
         assert process.poll() is None, f"ended too early: {process.communicate()[0]}"
-        assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.02)
     return found
 

@@ -34,6 +34,8 @@ WHERE = Context({"name": "one"}, {}, {}, {})
 SPACE = {"tome": {"r": {"low": 1, "high": 9, "step": 1}}}
 FAILURE = "Infeasible: no tokens left\nTraceback ..."
 STARTED = 1_700_000_000.0
+ATTEMPTS = 3
+"""To start a server on a port that was free a moment before."""
 
 
 def outcome(number: int) -> tuple[str, dict[str, float]]:
@@ -108,34 +110,38 @@ def test_optuna_reads_back_what_was_told(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
-    """The real dashboard, started as its manual says."""
-    with closing(socket.socket()) as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    """The real dashboard, started as its manual says; on another port where somebody took the one that was free."""
     program = str(Path(sys.executable).with_name("optuna-dashboard"))
-    command = [program, str(folder / JOURNAL), "--port", str(port), "--server", "wsgiref"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
-        try:
-            _await(server, port)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.terminate()
+    for _ in range(ATTEMPTS):
+        with closing(socket.socket()) as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        command = [program, str(folder / JOURNAL), "--port", str(port), "--server", "wsgiref"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+            try:
+                if _answers(server, port):
+                    yield f"http://127.0.0.1:{port}"
+                    return
+            finally:
+                server.terminate()
+            assert server.stdout is not None
+            output = server.stdout.read()
+    pytest.fail(f"no optuna-dashboard came up in {ATTEMPTS} attempts, the last one said: {output}")
 
 
-def _await(server: subprocess.Popen[str], port: int) -> None:
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        assert server.poll() is None, server.stdout.read() if server.stdout else ""
+def _answers(server: subprocess.Popen[str], port: int) -> bool:
+    """Waits until the server listens; False where it ended instead."""
+    while server.poll() is None:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
+            return True
         except OSError:
             time.sleep(0.1)
-    raise TimeoutError("optuna-dashboard does not answer")
+    return False
 
 
 def get(url: str) -> Any:
-    with urllib.request.urlopen(url, timeout=30) as answer:
+    with urllib.request.urlopen(url) as answer:
         return json.load(answer)
 
 

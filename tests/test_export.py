@@ -45,7 +45,7 @@ def test_an_artefact_loads_in_another_process_without_the_study(study: Study, tm
     )
     np.save(alone.parent / "images.npy", images(5).numpy())
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    subprocess.run([sys.executable, "-c", code], cwd=alone.parent, env=environment, check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", code], cwd=alone.parent, env=environment, check=True)
     found = torch.from_numpy(np.load(alone.parent / "logits.npy"))
     assert torch.equal(found, logits(study.model("int8"), images(5)))
 
@@ -71,7 +71,7 @@ def test_packed_kernels_are_exported_without_the_layout_of_this_cpu(study: Study
     )
     np.save(tmp_path / "images.npy", images(5).numpy())
     weaker = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=weaker, check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=weaker, check=True)
     assert close(torch.from_numpy(np.load(tmp_path / "logits.npy")), logits(study.model("packed"), images(5)), 0.02)
     assert done.record["parity"]["largest_difference"] == 0.0
 

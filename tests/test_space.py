@@ -76,7 +76,7 @@ def test_size_is_exact_and_enumeration_yields_each_recipe_once(most: int) -> Non
     assert len(hashes) == len(set(hashes)) == space.size() == brute_force(TECHNIQUES, most)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10**9), most=st.integers(1, 4), names=st.sets(st.sampled_from(sorted(TECHNIQUES)), min_size=1)
 )

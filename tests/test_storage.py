@@ -86,7 +86,7 @@ def test_of_eight_processes_one_creates_each_file(tmp_path: Path) -> None:
         assert racer.stdin is not None
         racer.stdin.write("go\n")
         racer.stdin.flush()
-    wins = [int(racer.communicate(timeout=60)[0]) for racer in racers]
+    wins = [int(racer.communicate()[0]) for racer in racers]
     storage = LocalStorage(tmp_path)
     contents = [storage.read(f"race/{n}").decode() for n in range(100)]
     assert wins == [contents.count(str(n)) for n in range(8)]

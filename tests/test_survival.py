@@ -8,19 +8,23 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.processes import Study, kill_group, until
 from tests.studies import fault_study, tiny_study
-from workers.lease import alive
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 
 TRIALS = 8
-SLOW = {"baseline": {"epochs": 40}, "recovery": {"epochs": 20}}
-"""Epochs that make a training last about a second, long enough to be killed in."""
+
+
+def pruned(ratio: float) -> dict[str, dict[str, float]]:
+    return {"magnitude_prune": {"head_ratio": 0.0, "mlp_ratio": ratio, "round_to": 1}}
+
+
+FIRST = [[pruned(0.1)], ["dynamic_int8"], [pruned(0.1), "dynamic_int8"], ["precision"], [pruned(0.2)]]
+"""The last one trains what no other does, so that a training is left after four of them have ended."""
 
 
 def in_flight(study: Study, before: dict[str, int]) -> list[str]:
@@ -40,38 +44,32 @@ def in_training(study: Study, kind: str, before: dict[str, int]) -> list[str]:
     return found
 
 
-def kill(study: Study, process: Any) -> None:
-    """Kills the driver's group and waits until its workers, which Ray starts in groups of their own, are gone too."""
-    kill_group(process)
-    deadline = time.monotonic() + 30
-    while any(alive(mark) for mark in study.marks().values()):
-        assert time.monotonic() < deadline, "a worker outlived its driver"
-        time.sleep(0.1)
-
-
 def test_killed_sweeps_end_with_exactly_the_budgeted_set(tmp_path: Path) -> None:
-    study = Study(tmp_path, tiny_study("survivor", trials=TRIALS, training=SLOW))
+    config = tiny_study("survivor", trials=TRIALS, recipes=FIRST, resources={"max_concurrent": 2})
+    study = Study(tmp_path, config)
     generator = random.Random(7)
     moments = [
-        lambda: in_training(study, "baseline", before),
-        lambda: len(study.attempts()) >= 1 + generator.randint(1, 3),
-        lambda: in_training(study, "recovery", before),
+        ("training", lambda: in_training(study, "baseline", before)),
+        ("4", lambda: len(study.attempts()) >= 4),  # of the two workers one waits, the other is anywhere
+        ("training", lambda: in_training(study, "recovery", before)),
     ]
     before: dict[str, int] = {}
     kept: dict[str, str] = {}
     stages: dict[str, int] = {}
-    for moment in moments:
+    for hold, moment in moments:
+        study.hold(hold)
         process = study.start()
         try:
-            until(moment, process)
+            until(lambda: study.held() and moment(), process)  # noqa: B023 - called in this round only
             time.sleep(generator.uniform(0, 0.3))
         finally:
-            kill(study, process)
+            study.kill(process)
+        study.release()
         kept |= {r["attempt_id"]: r["trial_id"] for r in study.attempts() if r["status"] == "ok"}
         for key in in_flight(study, before):
             stages[key] = stages.get(key, 0) + 1
         before = study.executions()
-    assert 0 < len(kept) < TRIALS + 1, "the moments of this seed no longer hit a running sweep"
+    assert 4 <= len(kept) < TRIALS + 1
     study.run()
 
     attempts = study.attempts()
@@ -119,13 +117,13 @@ def test_a_second_driver_is_refused_and_an_interrupt_ends_cleanly(tmp_path: Path
         refused = study.finish("run", str(study.file), "--quiet", status=1)
         assert f"study shared in {study.storage.url} is being run by process {first.pid}" in refused
     finally:
-        kill(study, first)
+        study.kill(first)
 
     second = study.start()
     try:
         until(lambda: asleep(sleeper), second)
         second.send_signal(signal.SIGINT)
-        output = second.communicate(timeout=60)[0]
+        output = second.communicate()[0]
     finally:
         kill_group(second)
     assert second.returncode == 1, output

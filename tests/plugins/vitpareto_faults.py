@@ -1,11 +1,16 @@
-"""A technique that fails in a chosen way, added from outside the package through an entry point."""
+"""A technique that fails in a chosen way, added from outside the package through an entry point.
+
+Every process that knows the techniques imports it, workers before they run a stage: with VITPARETO_HOLD they can be made to
+wait at a moment at which they are to be killed (``tests.processes.Study.hold``).
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -29,11 +34,11 @@ def fail(kind: str) -> None:
     if kind == "allocate":
         torch.empty(1 << 52)
     elif kind == "sleep":
-        for _ in range(6000):
+        for _ in range(360_000):
             time.sleep(0.01)
     elif kind == "hang":  # in native code: no Python signal handler runs
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
-        time.sleep(600)
+        time.sleep(3600)
     elif kind == "raise":
         raise RuntimeError("the fault technique was told to raise")
     elif kind == "die":
@@ -47,7 +52,7 @@ def fail(kind: str) -> None:
         held = []
         while True:
             held.append(torch.ones(32 << 20, dtype=torch.float32))  # 128 MiB, touched
-            time.sleep(0.02)
+            time.sleep(0.05)
 
 
 def apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
@@ -87,3 +92,38 @@ TECHNIQUE = Technique(
     rebuild=rebuild,
     source="none; for tests",
 )
+
+
+def wait_while(due: Callable[[str], bool]) -> None:
+    """Waits while the file that VITPARETO_HOLD names is there with a text that is ``due``; notes this process beside it."""
+    file = Path(os.environ["VITPARETO_HOLD"])
+    with suppress(FileNotFoundError):
+        while due(file.read_text()):
+            file.with_suffix(f".{os.getpid()}").touch()
+            time.sleep(0.02)
+
+
+def add_holds() -> None:
+    """Makes trainings wait at their first look up where the file says so, and writers of rows from a number of rows on."""
+    from orchestrator.ledger import Ledger
+    from workers import training
+
+    train, write = training.train, Ledger.write_attempt
+
+    def held_train(*arguments: Any, tick: Callable[[], None], **more: Any) -> training.TrainingReport:
+        def held_tick() -> None:
+            tick()
+            wait_while(lambda text: text == "training")
+
+        return train(*arguments, tick=held_tick, **more)
+
+    def held_write(ledger: Ledger, row: Mapping[str, Any]) -> bool:
+        created = write(ledger, row)
+        wait_while(lambda text: text.isdigit() and ledger.attempts(["attempt_id"]).num_rows >= int(text))
+        return created
+
+    training.train, Ledger.write_attempt = held_train, held_write
+
+
+if "VITPARETO_HOLD" in os.environ:
+    add_holds()
