@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from orchestrator.config import load_study
 from tests import sleepers
@@ -19,7 +20,7 @@ from tests.sleepers import Sleeper
 from tests.studies import tiny_study
 from workers import strong_baseline
 from workers.conditions import dtypes, fused
-from workers.measurement import Subject, half_width, make_inputs, measure_speed
+from workers.measurement import Subject, _faster, half_width, make_inputs, measure_speed
 from workers.protocol import Measurement, Recipe, Step, TrialResult, TrialSpec, trial_id
 from workers.protocols import PROTOCOLS
 from workers.run import run_remeasure, run_trial
@@ -28,7 +29,8 @@ from workers.strong_baseline import PROCESS_SIGMA, StrongBaseline, corrected, no
 from workers.tasks import TaskInfo
 from workers.techniques import fp8, registry, versions
 from workers.techniques.record import defaults
-from workers.ways import as_way, way_names
+from workers.timing import Arm
+from workers.ways import as_way, compile_model, way_names
 
 clock = sleepers.clock
 
@@ -360,3 +362,40 @@ def test_a_simulated_quantiser_leaves_the_precision_beside_it(
         assert measured.conditions["dtype"] == "bfloat16"
         assert measured.artefact == own[-1].key
     assert result.metrics["latency_ms_p50_low"] < result.metrics["latency_ms_p50_high"]
+
+
+class Compiled(nn.Module):
+    """Adds one where it runs compiled."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight + (1.0 if torch.compiler.is_compiling() else 0.0)
+
+
+def test_the_tenth_model_of_a_process_is_compiled_as_the_first_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # needs no C++ compiler
+    kept = compile_model(Compiled(2))
+    for width in range(3, 13):
+        assert compile_model(Compiled(width))(torch.zeros(width)).tolist() == [1.0] * width
+    assert kept(torch.zeros(2)).tolist() == [1.0, 1.0]
+
+
+class Packing(nn.Module):
+    """Makes something at its first call, as integer layers do."""
+
+    made: bool | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.made is None:
+            self.made = torch.compiler.is_compiling()
+        return x * 2
+
+
+def test_what_a_layer_makes_at_its_first_call_is_made_before_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model = Packing()
+    _faster(Arm(model, torch.zeros(1)))
+    assert model.made is False

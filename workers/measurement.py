@@ -103,6 +103,7 @@ def _arms(subject: Subject, strong: StrongBaseline) -> tuple[list[Arm], dict[str
 
 def _faster(eager: Arm) -> tuple[Arm, bool | str]:
     """Returns the arm eager or compiled, whichever is faster, and whether it is compiled (or why it cannot be)."""
+    eager.call(eager.inputs)  # what layers make at their first call, a kernel's packing, the compiler must find made
     try:
         compiled = timing.blocked(compile_model(eager.call), eager.inputs)  # type: ignore[arg-type]
     except Exception as error:  # noqa: BLE001 - the compiler meets kernels that it cannot take

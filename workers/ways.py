@@ -42,5 +42,10 @@ def as_way(model: nn.Module, name: str) -> nn.Module:
 
 
 def compile_model(model: nn.Module) -> nn.Module:
-    """Returns ``model`` compiled for one shape at a time; compiling happens at the first call of a shape."""
+    """Returns ``model`` compiled for one shape at a time; compiling happens at the first call of a shape.
+
+    What this process compiled before is compiled again at its next call: PyTorch compiles the code of one ``forward`` for eight
+    models or shapes, and from then on runs it as it is and says nothing, which a worker of many trials would meet.
+    """
+    torch.compiler.reset()
     return cast(nn.Module, torch.compile(model, dynamic=False))
