@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ from orchestrator.loading_code import usage
 from orchestrator.model_card import model_card
 from tests import exports
 from tests.exports import Study, close, logits
-from workers import tasks
+from workers import artefact, models, tasks
 from workers.export_formats import ExportFormat
+from workers.tasks.digit_tasks import digit_corpus
 from workers.tasks.image_classification import Split
+from workers.tasks.vision_language import VisionLanguageTask
 
 study = exports.study
 fp16 = exports.fp16
@@ -126,3 +130,27 @@ def test_the_card_of_the_baseline(study: Study, tmp_path: Path) -> None:
     assert "# Vision transformer, uncompressed\n" in card
     assert "None: this is the uncompressed baseline." in card
     assert "times |" not in card
+
+
+def test_the_cards_code_answers_questions_as_the_study_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of the card, run as they stand, on pictures and texts of the report split."""
+    task, section = tasks.load({"kind": "digit_vqa"}), {"family": "vilt", "name": "vilt_tiny"}
+    assert isinstance(task, VisionLanguageTask)
+    torch.manual_seed(0)
+    model, preparing = models.build(section, task.info).eval(), task.preprocessing()
+    description = models.describe(section, task.info)
+    artefact.save(model, tmp_path, model_description=description, steps=[], extra={"preprocessing": preparing})
+    export = {"format": "artefact", "input": {"preprocessing": preparing}}
+    (tmp_path / "export.json").write_text(json.dumps(export))
+    rows, inputs, _ = next(task.report.batches(3))
+    names: dict[str, Any] = {
+        "images": task.report.images[task.report.pictures[rows.numpy(), 0]],
+        "texts": digit_corpus("digit_vqa").parts["test"].texts[:3],
+    }
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"```python\n(.*?)```", "\n".join(usage(export)), re.DOTALL):
+        exec(block, names)
+    with torch.inference_mode():
+        expected = model(inputs)
+    torch.testing.assert_close(names["logits"], expected)
+    assert len(names["logits"]) == 3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 
 from orchestrator.config import StudyConfig, StudyError, check_same_study, load_study
-from orchestrator.loading_code import usage
 from orchestrator.plan import technique_rows
 from orchestrator.report_words import model_text
 from orchestrator.space import SearchSpace
@@ -368,36 +366,3 @@ def test_a_study_of_images_imports_no_transformers() -> None:
         "assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-
-
-# --- a model card -----------------------------------------------------------------------------------------------------
-
-
-def test_the_cards_code_answers_questions_as_the_study_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of the card, run as they stand, on pictures and texts of the report split."""
-    import torch
-
-    from workers import artefact, tasks
-    from workers.tasks.digit_tasks import digit_corpus
-    from workers.tasks.vision_language import VisionLanguageTask
-
-    task, section = tasks.load({"kind": "digit_vqa"}), {"family": "vilt", "name": "vilt_tiny"}
-    assert isinstance(task, VisionLanguageTask)
-    torch.manual_seed(0)
-    model, preparing = models.build(section, task.info).eval(), task.preprocessing()
-    description = models.describe(section, task.info)
-    artefact.save(model, tmp_path, model_description=description, steps=[], extra={"preprocessing": preparing})
-    export = {"format": "artefact", "input": {"preprocessing": preparing}}
-    (tmp_path / "export.json").write_text(json.dumps(export))
-    rows, inputs, _ = next(task.report.batches(3))
-    names: dict[str, Any] = {
-        "images": task.report.images[task.report.pictures[rows.numpy(), 0]],
-        "texts": digit_corpus("digit_vqa").parts["test"].texts[:3],
-    }
-    monkeypatch.chdir(tmp_path)
-    for block in re.findall(r"```python\n(.*?)```", "\n".join(usage(export)), re.DOTALL):
-        exec(block, names)
-    with torch.inference_mode():
-        expected = model(inputs)
-    torch.testing.assert_close(names["logits"], expected)
-    assert len(names["logits"]) == 3
