@@ -28,13 +28,13 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from workers.counting import FORMULAS
-from workers.techniques.linformer import LinformerAttention, Projection, segment_projection
-from workers.techniques.nystrom import NystromAttention
-from workers.techniques.performer import PerformerAttention
-from workers.techniques.random_features import feature_count, orthogonal_projection
-from workers.techniques.scatterbrain import ScatterbrainAttention
-from workers.timing import blocked, interleaved, paired_ratio
+from workers.measuring.counting import FORMULAS
+from workers.measuring.timing import blocked, interleaved, paired_ratio
+from workers.techniques.low_rank.linformer import LinformerAttention, Projection, segment_projection
+from workers.techniques.low_rank.nystrom import NystromAttention
+from workers.techniques.low_rank.performer import PerformerAttention
+from workers.techniques.low_rank.scatterbrain import ScatterbrainAttention
+from workers.techniques.low_rank.shared_random_features import feature_count, orthogonal_projection
 
 WIDTH, HEADS, PREFIX = 768, 12, 1
 TOKENS = (197, 577, 1025, 2305)

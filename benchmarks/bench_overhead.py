@@ -18,10 +18,10 @@ import time
 from collections import Counter
 
 from benchmarks.bench_sweep import machine
-from orchestrator.config import load_study
-from orchestrator.driver import run_study
 from orchestrator.ledger import Ledger
-from workers.storage import open_storage
+from orchestrator.study.load import load_study
+from orchestrator.sweep.driver import run_study
+from workers.node.storage import open_storage
 
 
 def main() -> None:

@@ -22,11 +22,11 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from workers import artefact, models
-from workers.affine import KernelLinear
-from workers.conditions import device_name, threads
-from workers.peak_memory import peak_in_child
+from workers.measuring.peak_memory import peak_in_child
+from workers.node.conditions import device_name, threads
 from workers.tasks import TaskInfo
 from workers.techniques import registry
+from workers.techniques.quantisation.shared_affine import KernelLinear
 from workers.techniques.record import Surroundings, make_config
 
 INFO = TaskInfo(num_classes=1000, in_chans=3, image_size=224, class_names=())

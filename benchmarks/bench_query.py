@@ -30,12 +30,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from orchestrator.frontier import nondominated
+from orchestrator.frontier.dominance import nondominated
 from orchestrator.ledger import Ledger
-from orchestrator.ledger_schema import ATTEMPTS, MEASUREMENTS
+from orchestrator.ledger.schema import ATTEMPTS, MEASUREMENTS
 from workers.evaluation import wilson
-from workers.protocol import OBJECTIVES
-from workers.storage import LocalStorage
+from workers.node.storage import LocalStorage
+from workers.trial import OBJECTIVES
 
 STUDY = "million"
 NAMES = ["top1_pct", "size_bytes", "latency_ms_p50"]
@@ -49,9 +49,9 @@ NOISY, NOISY_ROWS, IMAGES, NOISE = "noisy", 5_000, 287, 0.03
 PROGRAM = """
 import sys
 from orchestrator.ledger import Ledger
-from orchestrator.query import pareto
-from orchestrator.rows import format_rows
-from workers.storage import open_storage
+from orchestrator.frontier.query import pareto
+from orchestrator.words.rows import format_rows
+from workers.node.storage import open_storage
 ledger = Ledger(open_storage(sys.argv[1]), sys.argv[2])
 format_rows(pareto(ledger, sys.argv[3].split(","), where=sys.argv[4] or None), "json", sys.stdout)
 """

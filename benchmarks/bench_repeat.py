@@ -16,8 +16,8 @@ from typing import Any
 
 from benchmarks.bench_sweep import machine
 from orchestrator import load_study, open_ledger, run_study
-from orchestrator.query import candidates
-from orchestrator.uncertainty import CERTAIN
+from orchestrator.frontier.membership import CERTAIN
+from orchestrator.frontier.query import candidates
 
 CERTAINLY_DOMINATED = 1 - CERTAIN
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import psutil
 
-from workers.protocol import TrialResult, TrialSpec
+from workers.trial import TrialResult, TrialSpec
 
 STUDY = Path(__file__).parents[1] / "search_spaces" / "quick.yaml"
 OBJECTIVES = {"top1_pct": "maximize", "size_bytes": "minimize"}
@@ -62,10 +62,10 @@ def ours(trials: int, cpus: int, folder: str) -> list[float]:
     """Runs a study of ``trials`` trivial trials; returns the seconds since the epoch at which each ended."""
     import yaml
 
-    from orchestrator import driver
-    from orchestrator.config import load_study
     from orchestrator.ledger import Ledger
-    from workers.storage import open_storage
+    from orchestrator.study.load import load_study
+    from orchestrator.sweep import driver
+    from workers.node.storage import open_storage
 
     study: dict[str, Any] = yaml.safe_load(STUDY.read_text())
     study |= {"trials": trials, "objectives": list(OBJECTIVES), "constraints": []}

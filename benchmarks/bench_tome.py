@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.reduction_tables import Case, Recipe, main
 from workers.tasks import TaskInfo
-from workers.techniques.tome import reductions, token_counts
+from workers.techniques.tokens.tome import reductions, token_counts
 
 BATCHES = {"batch_step": 32}
 """Of the batch sizes: in the protocol's steps of 8 a GPU gains less than 1 % twice long before it is full."""

@@ -28,16 +28,17 @@ import timm
 import torch
 from torch import nn
 
-from workers import artefact, models, strong_baseline, timing
-from workers.conditions import device_conditions, device_name, threads
-from workers.counting import count_macs
-from workers.made_inputs import make_inputs
-from workers.peak_memory import peak_in_child
-from workers.protocols import PROTOCOLS
+from workers import artefact, models
+from workers.measuring import strong_baseline, timing
+from workers.measuring.counting import count_macs
+from workers.measuring.made_inputs import make_inputs
+from workers.measuring.peak_memory import peak_in_child
+from workers.measuring.protocols import PROTOCOLS
+from workers.measuring.ways import COMPILE, as_way
+from workers.node.conditions import device_conditions, device_name, threads
 from workers.tasks import TaskInfo
 from workers.techniques import registry
 from workers.techniques.record import Surroundings, make_config
-from workers.ways import COMPILE, as_way
 
 RESAMPLES = 2000
 BASELINE, AGAIN = "none", "none, again"

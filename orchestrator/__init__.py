@@ -9,23 +9,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orchestrator.config import load_study
-    from orchestrator.driver import StudyRun, remeasure_study, run_study
+    from orchestrator.frontier.query import pareto, sql
     from orchestrator.ledger import Ledger
-    from orchestrator.query import pareto, sql
-    from orchestrator.studies import open_ledger
+    from orchestrator.ledger.studies import open_ledger
+    from orchestrator.study.load import load_study
+    from orchestrator.sweep.driver import StudyRun, remeasure_study, run_study
 
 __all__ = ["Ledger", "StudyRun", "load_study", "open_ledger", "pareto", "remeasure_study", "run_study", "sql"]
 
 _MODULES = {
     "Ledger": "ledger",
-    "StudyRun": "driver",
-    "load_study": "config",
-    "open_ledger": "studies",
-    "pareto": "query",
-    "remeasure_study": "driver",
-    "run_study": "driver",
-    "sql": "query",
+    "StudyRun": "sweep.driver",
+    "load_study": "study.load",
+    "open_ledger": "ledger.studies",
+    "pareto": "frontier.query",
+    "remeasure_study": "sweep.driver",
+    "run_study": "sweep.driver",
+    "sql": "frontier.query",
 }
 
 

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from orchestrator.draws import DRAWS, normals, rounded
-from orchestrator.uncertainty import Drawn
+from orchestrator.frontier.draws import DRAWS, normals, rounded
+from orchestrator.frontier.membership import Drawn
 
 MONTE_CARLO = 3.5 * 0.5 / math.sqrt(DRAWS)
 """Three and a half standard errors of a probability."""

@@ -11,19 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.config import load_study
-from orchestrator.export import Exported, export_trial
+from orchestrator.export.folder import Exported, export_trial
 from orchestrator.ledger import Ledger, attempt_row
-from orchestrator.show import find_trial
+from orchestrator.ledger.show import find_trial
+from orchestrator.study.load import load_study
+from tests.places import ROOT
 from tests.studies import tiny_study
 from workers import artefact
-from workers.export_formats import ExportFormat
-from workers.protocol import Recipe, Step, TrialResult, TrialSpec, trial_id
+from workers.artefact.export_formats import ExportFormat
+from workers.node.storage import LocalStorage
 from workers.run import run_report, run_trial
-from workers.storage import LocalStorage
 from workers.techniques import registry, versions
+from workers.trial import Recipe, Step, TrialResult, TrialSpec, trial_id
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = ROOT
 
 NAME = "exports"
 

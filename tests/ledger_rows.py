@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 
 from orchestrator.ledger import Ledger, attempt_row
-from orchestrator.ledger_schema import ATTEMPTS
-from workers.protocol import Context, Measurement, Recipe, Step, TrialResult, TrialSpec, trial_id
-from workers.storage import Storage, open_storage
+from orchestrator.ledger.schema import ATTEMPTS
+from workers.node.storage import Storage, open_storage
+from workers.trial import Context, Measurement, Recipe, Step, TrialResult, TrialSpec, trial_id
 
 STUDY = "digits"
 

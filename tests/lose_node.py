@@ -10,10 +10,10 @@ from pathlib import Path
 
 from ray.cluster_utils import Cluster
 
-from orchestrator.config import load_study
-from orchestrator.driver import run_study
 from orchestrator.ledger import Ledger
-from workers.storage import open_storage
+from orchestrator.study.load import load_study
+from orchestrator.sweep.driver import run_study
+from workers.node.storage import open_storage
 
 STORE_BYTES = 100_000_000
 

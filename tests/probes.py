@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from workers.tasks.image_classification import Split
 from workers.techniques.record import Technique, number
-from workers.training import train
+from workers.training.loop import train
 
 SETTINGS: dict[str, Any] = {
     "epochs": 8,

@@ -18,9 +18,9 @@ import psutil
 import yaml
 
 from orchestrator.ledger import Ledger
-from workers.lease import generations
-from workers.protocol import Recipe
-from workers.storage import LocalStorage
+from workers.node.lease import generations
+from workers.node.storage import LocalStorage
+from workers.trial import Recipe
 
 HERE = Path(__file__).parent
 MARK = "VITPARETO_TEST_STUDY"

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from orchestrator import query
-from orchestrator.config import load_study
+from orchestrator.frontier import query
 from orchestrator.ledger import Ledger, attempt_row
-from orchestrator.report import page
-from orchestrator.report_data import Report
-from orchestrator.report_read import read_report
-from orchestrator.studies import open_ledger
+from orchestrator.ledger.studies import open_ledger
+from orchestrator.report.data import Report
+from orchestrator.report.read import read_report
+from orchestrator.report.render import page
+from orchestrator.study.load import load_study
 from tests.studies import tiny_study
-from workers.protocol import Context, Measurement, Recipe, Step, TrialResult, TrialSpec, trial_id
-from workers.storage import open_storage
+from workers.node.storage import open_storage
+from workers.trial import Context, Measurement, Recipe, Step, TrialResult, TrialSpec, trial_id
 
 CONTEXT = Context({"name": "m"}, {"kind": "digits"}, {}, {})
 OBJECTIVES = ["top1_pct", "size_bytes", "throughput_images_per_s"]

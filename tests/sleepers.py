@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.clocks import Clock
-from workers import strong_baseline, timing
+from workers.measuring import strong_baseline, timing
 
 
 @pytest.fixture

@@ -4,11 +4,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config import (
-    Fault,
-    StudyError,
-    load_study,
-)
+from orchestrator.study.load import Fault, StudyError, load_study
 
 
 def minimal(**more: Any) -> dict[str, Any]:

@@ -10,31 +10,32 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.places import ROOT
+
 ONE_PLACE = {
-    "optuna": {"orchestrator/searcher.py"},
-    "moocore": {"orchestrator/frontier.py"},
-    "duckdb": {"orchestrator/query.py"},
-    "matplotlib": {"orchestrator/plots.py"},
-    "plotly": {"orchestrator/report.py"},
-    "onnxruntime": {"workers/export.py"},
+    "optuna": {"orchestrator/sweep/searcher.py"},
+    "moocore": {"orchestrator/frontier/dominance.py"},
+    "duckdb": {"orchestrator/frontier/query.py"},
+    "matplotlib": {"orchestrator/report/plots.py"},
+    "plotly": {"orchestrator/report/render.py"},
+    "onnxruntime": {"workers/artefact/export.py"},
     "pyarrow.parquet": {
-        "orchestrator/ledger.py",
-        "orchestrator/ledger_snapshot.py",
+        "orchestrator/ledger/ledger.py",
+        "orchestrator/ledger/snapshot.py",
         "workers/tasks/encoded_images.py",
         "workers/tasks/example_tables.py",
     },
 }
 RAY = {
-    "orchestrator/finish.py",
-    "orchestrator/losses.py",
-    "orchestrator/ray_session.py",
-    "orchestrator/submit.py",
-    "orchestrator/submit_package.py",
-    "orchestrator/supervision.py",
-    "orchestrator/trainable.py",
+    "orchestrator/sweep/after_search.py",
+    "orchestrator/sweep/worker_failures.py",
+    "orchestrator/sweep/ray_session.py",
+    "orchestrator/cluster/submit.py",
+    "orchestrator/cluster/package.py",
+    "orchestrator/sweep/supervision.py",
+    "orchestrator/sweep/trainable.py",
 }
-STANDARD_LIBRARY_ONLY = ("workers/protocol.py", "workers/techniques/record.py")
+STANDARD_LIBRARY_ONLY = ("workers/trial.py", "workers/techniques/record.py")
 
 
 def modules(folder: str) -> list[Path]:
@@ -101,14 +102,14 @@ def test_no_file_pickles() -> None:
 
 
 def test_composition_and_maths_are_leaves() -> None:
-    assert not any(uses(ROOT / "orchestrator/frontier.py", p) for p in ("orchestrator", "workers"))
+    assert not any(uses(ROOT / "orchestrator/frontier/dominance.py", p) for p in ("orchestrator", "workers"))
 
 
 READING = ["status", "show {trial}", "pareto", 'query "SELECT count(*) FROM trials"']
 
 
 @pytest.mark.parametrize(
-    "module", ["orchestrator.cli", "orchestrator.ledger", "orchestrator.query", "orchestrator.config"]
+    "module", ["orchestrator.cli", "orchestrator.ledger", "orchestrator.frontier.query", "orchestrator.study.load"]
 )
 def test_importing_what_reading_needs_loads_neither_torch_nor_ray(module: str) -> None:
     code = f"import sys, json, {module}; print(json.dumps([m for m in ('torch', 'ray', 'timm', 'optuna') if m in sys.modules]))"

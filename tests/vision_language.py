@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from workers.counting import FORMULAS
+from workers.measuring.counting import FORMULAS
 
 CLASSES = {"vqa": 5, "nlvr2": 2, "entailment": 3, "retrieval": 1}
 
@@ -29,7 +29,7 @@ def batch(task: str = "vqa", count: int = 3, *, length: int = 6, side: int = 32,
 
 
 def macs(model: nn.Module, examples: dict[str, Tensor]) -> int:
-    """Multiply-accumulates of one call, as workers.counting counts them."""
+    """Multiply-accumulates of one call, as workers.measuring.counting counts them."""
     counter = FlopCounterMode(display=False, custom_mapping=dict(FORMULAS))
     with torch.inference_mode(), counter:
         model.eval()(examples)

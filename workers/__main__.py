@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from workers.protocol import TrialSpec
 from workers.run import run_trial
+from workers.trial import TrialSpec
 
 
 def main() -> int:

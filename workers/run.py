@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from workers import artefact, counting, evaluation, stages
-from workers.affine import NotQuantisable, unquantised
-from workers.deadline import Deadline, DeadlineExceeded, guard
-from workers.lane import Lane
-from workers.made_inputs import make_inputs
-from workers.peak_memory import NotTellable
-from workers.protocol import Measurement, Recipe, StageRun, TrialResult, TrialSpec
-from workers.provenance import provenance
-from workers.quantities import PEAK, SPEEDS, Quantities
-from workers.storage import open_storage
-from workers.training import TrainingDiverged
+from workers import artefact, evaluation, stages
+from workers.measuring import counting
+from workers.measuring.made_inputs import make_inputs
+from workers.measuring.peak_memory import NotTellable
+from workers.measuring.quantities import PEAK, SPEEDS, Quantities
+from workers.node.deadline import Deadline, DeadlineExceeded, guard
+from workers.node.lane import Lane
+from workers.node.provenance import provenance
+from workers.node.storage import open_storage
+from workers.techniques.quantisation.shared_affine import NotQuantisable, unquantised
+from workers.training.loop import TrainingDiverged
+from workers.trial import Measurement, Recipe, StageRun, TrialResult, TrialSpec
 
 Attempt = Callable[[TrialSpec], TrialResult]
 
@@ -172,7 +173,7 @@ def timed_as(spec: TrialSpec, device: str) -> tuple[bool, stages.Stage]:
 
     That is the trial's last stage; with a simulated quantiser the last of the recipe without it, so that ``precision`` beside
     it still counts. One that takes part in the training stays: another training would make another model, and
-    :func:`workers.affine.unquantised` takes it out of this one.
+    :func:`workers.techniques.quantisation.shared_affine.unquantised` takes it out of this one.
     """
     steps = stages.resolve(spec.recipe.steps)
     marks = [technique.simulated(config, device) for technique, config in steps]

@@ -22,19 +22,21 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from workers import artefact, evaluation, models, parity, tasks, training
-from workers.deadline import Deadline
+from workers import artefact, evaluation, models, tasks
+from workers.artefact import parity
 from workers.inputs import Inputs
-from workers.lane import Lane
-from workers.lease import acquire
-from workers.once import OnceAStudy
-from workers.protocol import Context, Recipe, StageRun, Step, canonical_json, digest, without_locations
-from workers.storage import Storage
+from workers.node.deadline import Deadline
+from workers.node.lane import Lane
+from workers.node.lease import acquire
+from workers.node.once import OnceAStudy
+from workers.node.storage import Storage
 from workers.tasks.batches import TaskData
 from workers.techniques import registry, versions
 from workers.techniques.record import Applied, Surroundings, Technique, make_config
-from workers.training_checkpoint import Checkpoints
-from workers.training_settings import TrainingSettings
+from workers.training import loop
+from workers.training.checkpoint import Checkpoints
+from workers.training.settings import TrainingSettings
+from workers.trial import Context, Recipe, StageRun, Step, canonical_json, digest, without_locations
 
 PROBE = "probe.safetensors"
 """Beside an artefact: logits of a few images, which every later load is checked against."""
@@ -239,7 +241,7 @@ def _run_baseline(bench: Workbench, stage: Stage) -> None:
     checkpoints = bench.checkpoints(stage)
     if context.model.get("train"):
         with bench.timed("train"), bench.lane.shared():
-            training.train(
+            loop.train(
                 model,
                 bench.task.train,
                 settings,
@@ -267,7 +269,7 @@ def _run_recovery(bench: Workbench, stage: Stage) -> None:
     logits, teacher = _teacher(bench, steps, settings)
     checkpoints = bench.checkpoints(stage)
     with bench.timed("train"), bench.lane.shared():
-        training.train(
+        loop.train(
             model,
             bench.task.train,
             settings,

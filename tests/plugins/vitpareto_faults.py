@@ -106,11 +106,11 @@ def wait_while(due: Callable[[str], bool]) -> None:
 def add_holds() -> None:
     """Makes trainings wait at their first look up where the file says so, and writers of rows from a number of rows on."""
     from orchestrator.ledger import Ledger
-    from workers import training
+    from workers.training import loop
 
-    train, write = training.train, Ledger.write_attempt
+    train, write = loop.train, Ledger.write_attempt
 
-    def held_train(*arguments: Any, tick: Callable[[], None], **more: Any) -> training.TrainingReport:
+    def held_train(*arguments: Any, tick: Callable[[], None], **more: Any) -> loop.TrainingReport:
         def held_tick() -> None:
             tick()
             wait_while(lambda text: text == "training")
@@ -122,7 +122,7 @@ def add_holds() -> None:
         wait_while(lambda text: text.isdigit() and ledger.attempts(["attempt_id"]).num_rows >= int(text))
         return created
 
-    training.train, Ledger.write_attempt = held_train, held_write
+    loop.train, Ledger.write_attempt = held_train, held_write
 
 
 if "VITPARETO_HOLD" in os.environ:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.private_folder import private_folder
+from workers.node.private_folder import private_folder
 from workers.tasks import TaskError
 from workers.tasks.image_sources import REPORT_FRACTION, Content, Images, Labels, cut
 

@@ -1,4 +1,4 @@
-"""The techniques: one literal tuple, loaded on demand, and others through the entry point group ``vitpareto.techniques``."""
+"""The techniques: one literal table, loaded on demand, and others through the entry point group ``vitpareto.techniques``."""
 
 from __future__ import annotations
 
@@ -8,35 +8,29 @@ from importlib.metadata import entry_points
 
 from workers.techniques.record import Technique
 
-NAMES = (
-    "distill",
-    "magnitude_prune",
-    "taylor_prune",
-    "importance_prune",
-    "resolution",
-    "tome",
-    "pitome",
-    "evit",
-    "dynamicvit",
-    "diffrate",
-    "pumer",
-    "nystrom",
-    "performer",
-    "linformer",
-    "scatterbrain",
-    "precision",
-    "qat",
-    "lsq",
-    "diffq",
-    "dynamic_int8",
-    "weight_only",
-    "static_int8",
-    "fq_vit",
-    "smoothquant",
-    "gptq",
-    "repq_vit",
-    "fp8",
-)
+FOLDERS = {
+    "distillation": ("distill",),
+    "pruning": ("magnitude_prune", "taylor_prune", "importance_prune"),
+    "tokens": ("resolution", "tome", "pitome", "evit", "dynamicvit", "diffrate", "pumer"),
+    "low_rank": ("nystrom", "performer", "linformer", "scatterbrain"),
+    "quantisation": (
+        "precision",
+        "qat",
+        "lsq",
+        "diffq",
+        "dynamic_int8",
+        "weight_only",
+        "static_int8",
+        "fq_vit",
+        "smoothquant",
+        "gptq",
+        "repq_vit",
+        "fp8",
+    ),
+}
+"""Folder to the techniques in it, each a file that exports ``TECHNIQUE``; in the order in which they are listed."""
+
+NAMES = tuple(name for names in FOLDERS.values() for name in names)
 
 GROUP = "vitpareto.techniques"
 
@@ -48,7 +42,11 @@ def registry() -> dict[str, Technique]:
     Raises:
         ValueError: an entry point names a technique that exists already, or one whose record has another name.
     """
-    found: dict[str, Technique] = {name: import_module(f"workers.techniques.{name}").TECHNIQUE for name in NAMES}
+    found: dict[str, Technique] = {
+        name: import_module(f"workers.techniques.{folder}.{name}").TECHNIQUE
+        for folder, names in FOLDERS.items()
+        for name in names
+    }
     for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
         technique = point.load()
         if point.name in found or technique.name != point.name:

@@ -1,0 +1,130 @@
+"""What the commands take and give: options, formats, and errors as one line and an exit status."""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class Format(enum.StrEnum):
+    """How rows come out."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+    parquet = "parquet"
+
+
+StorageOption = Annotated[str, typer.Option(help="Folder or fsspec URL of the results.", envvar="VITPARETO_STORAGE")]
+FormatOption = Annotated[Format, typer.Option("--format", help="How rows come out.")]
+AddressOption = Annotated[str, typer.Option(help="Address of the head's dashboard.", envvar="RAY_API_SERVER_ADDRESS")]
+TrialsOption = Annotated[int | None, typer.Option(min=1, help="Trials in total, in place of the study's own budget.")]
+BudgetOption = Annotated[str | None, typer.Option(help="Wall time after which no trial is started: 90s, 30m, 2h.")]
+RayOption = Annotated[str | None, typer.Option(help="A running Ray: auto, HOST:PORT; default: a local one.")]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the study.")]
+StudyArgument = Annotated[str, typer.Argument(metavar="STUDY.yaml", help="A study file, or a study that ships: quick.")]
+STORAGE = "results"
+
+
+class UsageError(Exception):
+    """The command was asked for something that does not exist or does not fit; exit status 2."""
+
+
+_STATUS = {
+    "UsageError": 2,
+    "StudyError": 2,
+    "StudyRefused": 2,
+    "StudyNotFound": 2,
+    "StorageError": 2,
+    "QueryError": 2,
+    "SubmitRefused": 2,
+    "TaskError": 2,
+    "ModelError": 2,
+    "SubmitError": 1,
+    "StudyFailed": 1,
+    "StudyBusy": 1,
+    "LedgerError": 1,
+    "OSError": 1,
+}
+"""Exit status of the errors that a user can cause, by name: importing their modules would take seconds."""
+
+
+def reported(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Turns the errors a user can cause into lines on stderr and an exit status; others keep their traceback."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever reads our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except KeyboardInterrupt:
+            say("interrupted")
+            raise typer.Exit(1) from None
+        except Exception as error:
+            status = next((_STATUS[k.__name__] for k in type(error).__mro__ if k.__name__ in _STATUS), None)
+            if status is None:
+                raise
+            for line in _text(error).splitlines():
+                say(line)
+            raise typer.Exit(status) from None
+
+    return run
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def say(line: str) -> None:
+    """Writes a line to stderr."""
+    print(f"vitpareto: {line}", file=sys.stderr)
+
+
+# --- rows and durations -----------------------------------------------------------------------------------------------
+
+
+def write_table(table: pa.Table, format_: Format) -> None:
+    """Writes rows to stdout; Parquet never to a terminal."""
+    from orchestrator.words.rows import format_rows
+
+    if format_ is Format.parquet and sys.stdout.isatty():
+        raise UsageError("--format parquet: must not go to a terminal; redirect it to a file")
+    format_rows(table, format_.value, sys.stdout)
+
+
+def write_dicts(rows: list[dict[str, Any]], format_: Format) -> None:
+    """Writes rows to stdout; nested values stay as they are in JSON and are JSON text elsewhere."""
+    import pyarrow as pa
+
+    from orchestrator.words.rows import plain
+
+    rows = plain(rows)
+    if format_ is Format.json:
+        print(json.dumps(rows, indent=2))
+        return
+    flat = [{k: json.dumps(v) if isinstance(v, dict | list) else v for k, v in row.items()} for row in rows]
+    write_table(pa.Table.from_pylist(flat), format_)
+
+
+def duration_s(time_budget: str | None) -> float | None:
+    """Returns ``--time-budget`` in seconds."""
+    from orchestrator.study.load import parse_duration_s
+
+    try:
+        return None if time_budget is None else parse_duration_s(time_budget)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None

@@ -1,0 +1,31 @@
+"""The command ``remeasure``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.io import STORAGE, NameArgument, RayOption, StorageOption, reported
+
+
+@reported
+def remeasure(
+    name: NameArgument,
+    times: Annotated[int, typer.Option(min=1, help="Most measurements; fewer where the frontier is decided.")] = 8,
+    storage: StorageOption = STORAGE,
+    address: RayOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+) -> None:
+    """Measures frontier members again whose place rests on noise, one at a time, alone on the device."""
+    from orchestrator.ledger.studies import open_ledger
+    from orchestrator.study.schema import StudyConfig
+
+    stored = open_ledger(name, storage).study_record() or {}
+    config = StudyConfig.from_dict(stored["config"])
+    from orchestrator.sweep.driver import remeasure_study
+
+    spent = remeasure_study(config, times=times, storage=storage, address=address, quiet=quiet)
+    rest = "" if spent else ": no place on the frontier rests on the noise of a speed"
+    print(f"measured again {spent} times{rest}; `vitpareto pareto {name}` shows what is known now", file=sys.stderr)

@@ -1,0 +1,197 @@
+"""The report in words: what the study found in a sentence or two, and the facts it rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from orchestrator.ledger.status import format_failures
+from orchestrator.report.data import TITLES, Candidate, Report
+from orchestrator.study.constraints import DROPS
+from orchestrator.words.units import format_seconds, format_value
+
+CLOSE_POINTS = 1.0
+"""Percentage points below the baseline that count as close to it."""
+
+_GAINS = {
+    "size_bytes": "is {:.1f}× smaller",
+    "params": "has {:.1f}× fewer weights",
+    "macs": "needs {:.1f}× fewer MACs",
+    "latency_ms_p50": "is {:.1f}× faster at batch 1",
+    "throughput_images_per_s": "has {:.1f}× the throughput",
+    "peak_memory_bytes": "needs {:.1f}× less peak memory",
+}
+"""Objective to what a recipe that gains in it does."""
+
+
+def verdict(report: Report) -> tuple[str, str]:
+    """Returns who is on the frontier, and what the best recipe close to the baseline gains; the latter may be empty."""
+    feasible = [c for c in report.candidates if c.standing != "broken" and not c.is_baseline]
+    if not feasible:
+        return _nothing(report), ""
+    certain = report.frontier("certain")
+    possible = [c for c in report.frontier("possible") if not c.is_baseline]
+    recipes = sum(not c.is_baseline for c in certain)
+    who = _count(recipes, "recipe") if recipes else ""
+    if len(certain) > recipes:
+        who = f"{who} and the uncompressed baseline" if who else "Only the uncompressed baseline"
+    verb = "is" if len(certain) == 1 else "are"
+    text = f"{who or 'No recipe'} {verb if who else 'is'} certainly on the frontier of {_names(report)}"
+    if possible:
+        text += f", {len(possible)} may be"
+    groups = sum(len(c.members) > 1 for c in [*certain, *possible])
+    if groups:
+        text += "; recipes that noise does not tell apart count once"
+    return text + ".", _best(report)
+
+
+def _nothing(report: Report) -> str:
+    broken = sum(c.standing == "broken" and not c.is_baseline for c in report.candidates)
+    failed = sum(report.status["failed"].values())
+    if not broken and not failed:
+        return "No trial has ended yet."
+    parts = [f"{failed} failed"] if failed else []
+    if broken:
+        limits = " or ".join(f"not {c}" for c in report.config.get("constraints", ()))
+        parts.append(f"{broken} {'breaks' if broken == 1 else 'break'} a constraint of the study ({limits})")
+    return f"No recipe is feasible: {' and '.join(parts)}."
+
+
+def best_close(report: Report) -> dict[str, tuple[Candidate, float]]:
+    """Returns objective to the frontier's best recipe for it within a point of the baseline, and how many times better.
+
+    Certain members first; a possible one only where no certain one gains. A gain counts only where its whole interval
+    is better than the baseline; a simulated recipe gains no speed.
+    """
+    found: dict[str, tuple[Candidate, float]] = {}
+    for standing in ("certain", "possible"):
+        close = [c for c in report.frontier(standing) if not c.is_baseline and _is_close(report, c)]
+        for name in report.objectives:
+            gains = [(gain, c) for c in close if (gain := _gain(report, c, name)) is not None]
+            if gains and name not in found:
+                gain, candidate = max(gains, key=lambda pair: pair[0])
+                found[name] = (candidate, gain)
+    return found
+
+
+def _best(report: Report) -> str:
+    if not _drops(report):
+        return ""
+    close = [c for c in report.frontier("certain", "possible") if not c.is_baseline and _is_close(report, c)]
+    if not close:
+        return f"None of them is within {CLOSE_POINTS:g} point of the baseline's accuracy."
+    by_recipe: dict[str, tuple[Candidate, list[str]]] = {}
+    for name, (candidate, gain) in best_close(report).items():
+        by_recipe.setdefault(candidate.id, (candidate, []))[1].append(_GAINS[name].format(gain))
+    if not by_recipe:
+        return f"None within {CLOSE_POINTS:g} point of the baseline gains anything that is beyond the noise."
+    parts = [f"{_join(gains)} ({c.label})" for c, gains in by_recipe.values()]
+    return f"Within {CLOSE_POINTS:g} point of the baseline's accuracy, the best {' or '.join(parts)}."
+
+
+def _is_close(report: Report, candidate: Candidate) -> bool:
+    drops = [candidate.value[where] for where in _drops(report)]
+    return bool(drops) and all(drop is not None and drop <= CLOSE_POINTS for drop in drops)
+
+
+def _drops(report: Report) -> list[int]:
+    """Returns where the drops of accuracies stand that the study has."""
+    return [where for where, metric in enumerate(report.metrics) if metric.name in DROPS]
+
+
+def _gain(report: Report, candidate: Candidate, name: str) -> float | None:
+    """Returns how many times better than the baseline a candidate is, None where that is not beyond doubt."""
+    where = report.position(name)
+    if name not in _GAINS or where is None:
+        return None
+    ratio, value = candidate.ratio[where], candidate.value[where]
+    less = report.metrics[where].better == "minimize"
+    worst = candidate.high[where] if less else candidate.low[where]
+    if not ratio or not value:
+        return None
+    if name in ("latency_ms_p50", "throughput_images_per_s") and (candidate.simulated or candidate.slower):
+        return None
+    bound = ratio if worst is None else ratio * worst / value
+    gains = bound < 1 if less else bound > 1
+    return (1 / ratio if less else ratio) if gains else None
+
+
+def _names(report: Report) -> str:
+    return _join([TITLES.get(name, name).split(",")[0] for name in report.objectives])
+
+
+def _join(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+# --- facts ------------------------------------------------------------------------------------------------------------
+
+
+def facts(report: Report, made_at: datetime, version: str) -> list[tuple[str, str]]:
+    """Returns what the numbers rest on, as names and texts."""
+    status, config = report.status, report.config
+    limits = config.get("constraints") or []
+    found = [
+        ("Model", model_text(config.get("model", {}))),
+        ("Data", _data_text(config.get("data", {}), report.conditions)),
+        ("Device", report.device_name),
+        ("Trials", f"{status['done']} of {status['budget']} done, failed: {format_failures(status['failed'])}"),
+        ("Constraints", ", ".join(limits) or "none"),
+        ("Run", _when(report)),
+        *_baseline_facts(report.conditions.get("strong_baseline") or {}),
+        ("Report", f"vitpareto {version}, {made_at:%Y-%m-%d %H:%M} UTC"),
+    ]
+    return [(name, text) for name, text in found if text]
+
+
+_FAMILIES = {"vilt": "ViLT", "meter": "METER"}
+
+
+def model_text(model: dict[str, Any]) -> str:
+    """Returns a study's model in a few words: family, name, and the settings that the study changes."""
+    made, family = model.get("create"), model.get("family", "timm")
+    if family != "timm":
+        changed = ", ".join(f"{key} {value}" for key, value in (made or {}).items())
+        return ", ".join(filter(None, [_FAMILIES.get(family, family), model.get("name"), changed]))
+    if made:
+        return f"ViT, width {made['width']}, depth {made['depth']}, {made['heads']} heads, patch {made['patch']}"
+    return f"{model.get('name') or ''}{', pretrained' if model.get('pretrained') else ''}"
+
+
+def _data_text(data: dict[str, Any], conditions: Any) -> str:
+    size = conditions.get("resolution") or data.get("image_size")
+    parts = [str(data.get("kind", ""))]
+    if data.get("path"):
+        parts.append(str(data["path"]))
+    if size:
+        parts.append(f"{size} px")
+    if conditions.get("search_images"):
+        parts.append(f"{conditions['search_images']} search images")
+    return ", ".join(parts)
+
+
+def _when(report: Report) -> str:
+    if report.began is None or report.ended is None:
+        return ""
+    lasted = format_seconds((report.ended - report.began).total_seconds())
+    return f"{report.began:%Y-%m-%d %H:%M} UTC, over {lasted}"
+
+
+def _baseline_facts(strong: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns what speed-ups are measured against, and how far two runs of one artefact lie apart."""
+    found = []
+    names = {"latency": "latency_ms_p50", "throughput": "throughput_images_per_s"}
+    for kind in [k for k in names if k in strong]:
+        best = strong[kind]
+        batch = f", batch {best['batch']}" if best.get("batch") else ""
+        text = f"{format_value(names[kind], best['value'])} as {best['way']}{batch}"
+        noise = (strong.get("noise") or {}).get(kind) or {}
+        if noise.get("sigma") is not None:
+            text += f"; A/A noise σ {100 * noise['sigma']:.1f} %"
+        found.append((f"Baseline {kind}", text))
+    return found

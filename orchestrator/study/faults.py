@@ -1,0 +1,177 @@
+"""What types cannot say of objectives, model, files and device, each fault with its path.
+
+Every function takes a part of the file as it stands, skips what has the wrong type (the schema reports that), and goes
+on after a fault, so that one reading finds them all.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.study.yaml_lines import ABSENT, Fault, nearest
+from workers.measuring.protocols import SEEDS
+from workers.trial import OBJECTIVES
+
+if TYPE_CHECKING:
+    from orchestrator.study.schema import SamplerSection
+
+_PLAIN_VITS = ("vision_transformer", "deit")
+"""Modules of timm that hold them."""
+
+FROM_FILES = ("imagefolder", "parquet", "cifar10", "cifar100", "vqa", "entailment", "nlvr2", "nlvr1", "retrieval")
+"""Kinds of data that lie somewhere."""
+
+_RELATIVE = "paths are relative to the study file, then to the working directory"
+
+# --- objectives -------------------------------------------------------------------------------------------------------
+
+
+def objective_faults(objectives: object, reference_point: object) -> list[Fault]:
+    """Judges the names and directions of objectives, given as a list or mapping, and the reference point's names."""
+    faults: list[Fault] = []
+    places = objective_places(objectives)
+    for where, name, direction in places:
+        if name not in OBJECTIVES:
+            faults.append(Fault(where, "must be a known objective", name, nearest(name, OBJECTIVES)))
+        elif direction in ("minimize", "maximize") and direction != OBJECTIVES[name]:
+            faults.append(
+                Fault(where, f"must be {OBJECTIVES[name]}", direction, "leave the direction out: better is one-sided")
+            )
+    names = [name for _, name, _ in places]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            faults.append(Fault(places[i][0], "must stand once", name, "remove one of the two"))
+    for name in reference_point if isinstance(reference_point, Mapping) else ():
+        if name not in names:
+            faults.append(
+                Fault(f"reference_point.{name}", "must be one of the study's objectives", name, nearest(name, names))
+            )
+    return faults
+
+
+def objective_places(objectives: object) -> list[tuple[str, str, object]]:
+    """Returns path, name and direction of each objective, None for the direction of one in a list."""
+    if isinstance(objectives, list):
+        return [(f"objectives[{i}]", name, None) for i, name in enumerate(objectives) if isinstance(name, str)]
+    given = objectives.items() if isinstance(objectives, Mapping) else ()
+    return [(f"objectives.{name}", name, direction) for name, direction in given if isinstance(name, str)]
+
+
+# --- model, files, device ---------------------------------------------------------------------------------------------
+
+
+def model_name_faults(model: object) -> list[Fault]:
+    """Judges a timm name: what is compressed here is a plain vision transformer."""
+    name = model.get("name") if isinstance(model, Mapping) and model.get("family", "timm") == "timm" else None
+    if not isinstance(name, str) or name.startswith(("hf-hub:", "hf_hub:")):
+        return []
+    import timm
+
+    known = [model for module in _PLAIN_VITS for model in timm.list_models(module=module)]
+    if name.partition(".")[0] in known:  # a tag of weights may follow the model's name
+        return []
+    rule = "must be a plain vision transformer" if timm.is_model(name) else "must be a timm model"
+    near = get_close_matches(name, known, n=1)
+    return [Fault("model.name", rule, name, f"did you mean {near[0]}?" if near else "vit_* or deit_* of timm")]
+
+
+def checkpoint_faults(checkpoint: object) -> list[Fault]:
+    """Judges whether a checkpoint can be read without running code; whether it fits the model is the model's matter."""
+    if not isinstance(checkpoint, str):
+        return []
+    from workers.models import ModelError, local_weights  # import torch
+
+    path, where = Path(checkpoint), "model.checkpoint"
+    if not path.exists():
+        return [Fault(where, "must be a file or folder that exists", checkpoint, _RELATIVE)]
+    try:
+        for file in local_weights.files(path):
+            _open_checkpoint(file)
+    except ModelError as error:
+        return [
+            Fault(where, f"must hold weights: {error}", checkpoint, "name the file, or a downloaded model's folder")
+        ]
+    except OSError as error:
+        return [Fault(where, f"must be readable: {error.strerror or error}", checkpoint, "check its permissions")]
+    except Exception:  # noqa: BLE001 - a damaged or hostile file raises anything
+        rule = "must be .safetensors, or a .pth that torch.save wrote and that holds tensors only"
+        remedy = "save it again with safetensors.torch.save_file(model.state_dict(), ...)"
+        return [Fault(where, rule, checkpoint, remedy)]
+    return []
+
+
+def _open_checkpoint(path: Path) -> None:
+    """Reads the names of a checkpoint, not its numbers; raises where it cannot be loaded safely."""
+    with path.open("rb"):
+        pass
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, "numpy"):
+            return
+    import torch
+
+    torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def data_faults(data: object, *, must_exist: bool = True) -> list[Fault]:
+    """Judges where the data lies; unless ``must_exist``, only whether the study says where."""
+    if not isinstance(data, Mapping):
+        return []
+    kind, path = data.get("kind"), data.get("path")
+    if kind in FROM_FILES and path is None:
+        return [Fault("data.path", f"must be given for kind {kind}", ABSENT, "name the folder or file with the images")]
+    if str(kind).startswith("digit_") and path is not None:
+        return [Fault("data.path", f"must be left out for kind {kind}", path, "the digits come with scikit-learn")]
+    if isinstance(path, str) and "://" in path:
+        return [Fault("data.path", "must be a path, not a URL", path, "mount it, or copy it to the nodes")]
+    fetched = str(kind).startswith("cifar")  # torchvision downloads it to where it is not
+    if must_exist and isinstance(path, str) and not fetched and not Path(path).exists():
+        return [Fault("data.path", "must exist", path, _RELATIVE)]
+    return []
+
+
+def training_faults(training: object, data: object) -> list[Fault]:
+    """RandAugment is made of operations on pictures; the digits are small grids of floating-point numbers."""
+    if not (isinstance(training, Mapping) and isinstance(data, Mapping) and data.get("kind") == "digits"):
+        return []
+    parts = {name: training.get(name) for name in ("baseline", "recovery")}
+    return [
+        Fault(f"training.{name}.augment", "must not be randaugment for digits", "randaugment", "flip_crop or none")
+        for name, part in parts.items()
+        if isinstance(part, Mapping) and part.get("augment") == "randaugment"
+    ]
+
+
+def sampler_faults(sampler: SamplerSection) -> list[Fault]:
+    """Judges the keyword arguments that go to the sampler, by making it."""
+    if not sampler.options:
+        return []
+    from orchestrator.sweep.searcher import make_sampler
+
+    try:
+        make_sampler(sampler)
+    except ValueError as error:
+        return [Fault("sampler.options", "must be arguments of the sampler", sampler.options, str(error))]
+    return []
+
+
+def resource_faults(device: object, resources: object) -> list[Fault]:
+    """A study for CUDA needs a share of a GPU."""
+    gpus = resources.get("gpus", 0) if isinstance(resources, Mapping) else 0
+    if device == "cuda" and gpus == 0:
+        return [Fault("resources.gpus", "must be above 0 for device cuda", gpus, "gpus: 1, or device: cpu")]
+    return []
+
+
+def seed_faults(seeds: list[int], protocol: str) -> list[Fault]:
+    """A protocol that takes its accuracy over several seeds needs them."""
+    needed = SEEDS[protocol]
+    if len(seeds) >= len(needed):
+        return []
+    rule = f"must be at least {len(needed)} with measurement.protocol {protocol}"
+    return [Fault("seeds", rule, seeds, f"seeds: {list(needed)}, or another protocol")]

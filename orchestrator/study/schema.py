@@ -1,0 +1,369 @@
+"""The schema of a study: types, ranges and defaults of every key. The user's view of it is search_spaces/README.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from orchestrator.study.constraints import Constraint, parse
+from orchestrator.study.data import VISION_LANGUAGE_KEYS, DataSection, Section
+from orchestrator.study.scalars import (
+    Duration,
+    Natural,
+    Parameters,
+    Positive,
+    RecipeStep,
+    broken,
+    constraint,
+    directions,
+    distinct,
+    empty_for_null,
+    sampler_name,
+    size_bytes,
+    study_name,
+)
+from workers.measuring.protocols import PROTOCOLS, SEEDS
+from workers.trial import Context, Recipe, Step
+
+if TYPE_CHECKING:
+    from workers.techniques.record import ModelInfo
+
+VISION_LANGUAGE = ("vilt", "meter")
+"""Families of models that see images with texts."""
+
+# --- sections ---------------------------------------------------------------------------------------------------------
+
+
+class CreateSection(Section):
+    """A ViT to build and train: ``width`` is the embedding size, ``patch`` in pixels, ``registers`` more prefixes."""
+
+    width: Positive = 64
+    depth: Positive = 4
+    heads: Positive = 4
+    patch: Positive = 2
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    registers: Natural = 0
+    pos_embed_std: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise broken("width must be a multiple of heads", f"width {self.width}, heads {self.heads}")
+        return self
+
+    def timm_arguments(self) -> dict[str, Any]:
+        """Returns the arguments of timm's VisionTransformer; ``pos_embed_std`` is our own and left out where unset."""
+        arguments: dict[str, Any] = {
+            "embed_dim": self.width,
+            "depth": self.depth,
+            "num_heads": self.heads,
+            "patch_size": self.patch,
+            "mlp_ratio": self.mlp_ratio,
+            "reg_tokens": self.registers,
+        }
+        return arguments if self.pos_embed_std is None else arguments | {"pos_embed_std": self.pos_embed_std}
+
+
+class ModelSection(Section):
+    """Which model: a timm name, or ``create``; of a vision-language family a name, settings that differ from its, or both.
+
+    The settings of those families are those of a class that is expensive to import: study_tasks.py judges them.
+    """
+
+    family: Literal["timm", "vilt", "meter"] = "timm"
+    name: str | None = None
+    create: CreateSection | dict[str, Any] | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    pretrained: bool = False
+    checkpoint: str | None = None
+    train: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _train_what_has_no_weights(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "train" not in values:
+            return {**values, "train": not (values.get("pretrained") or values.get("checkpoint"))}
+        return values
+
+    @field_validator("create", mode="before")
+    @classmethod
+    def _by_family(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, Mapping):
+            return value if info.data.get("family") in VISION_LANGUAGE else CreateSection.model_validate(value)
+        if value is None or isinstance(value, CreateSection):
+            return value
+        raise broken("must be a mapping of settings", "for example {depth: 4}")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.family in VISION_LANGUAGE:
+            if self.name is None and self.create is None:
+                raise broken("must have a name, create, or both", f"name: {self.family}_tiny")
+            if self.options:
+                raise broken("options are arguments of timm's", "use create")
+        else:
+            if (self.name is None) == (self.create is None):
+                raise broken(
+                    "must have either name or create", "name: vit_tiny_patch16_224, or create: {width: 64, depth: 4}"
+                )
+            if self.create is not None and (self.pretrained or self.options):
+                raise broken("pretrained and options need a timm name", "use name instead of create")
+        if self.pretrained and self.checkpoint is not None:
+            raise broken("must not have both pretrained and checkpoint", "remove one of them")
+        if not (self.train or self.pretrained or self.checkpoint is not None):
+            raise broken("must be trained, pretrained or loaded from a checkpoint", "remove `train: false`")
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what a worker builds the model with, besides its name."""
+        if isinstance(self.create, CreateSection):
+            return self.create.timm_arguments()
+        return dict(self.options if self.create is None else self.create)
+
+
+class RecoverySettings(Section):
+    """How a compressed model is trained; the defaults suit a short joint fine-tune. Meanings: ``TrainingSettings``."""
+
+    epochs: Positive = 5
+    batch_size: Positive = 64
+    accumulate: Positive = 1
+    lr: Annotated[float, Field(gt=0)] = 5e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    schedule: Literal["one_cycle", "cosine"] = "one_cycle"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    grad_checkpointing: bool = False
+    augment: Literal["none", "flip_crop", "randaugment"] = "none"
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    patience: Positive | None = None
+    checkpoint_s: Duration | None = 120.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _momentum_of_sgd(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("optimizer") == "sgd" and "momentum" not in values:
+            return {**values, "momentum": 0.9}
+        return values
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        if self.momentum is not None and self.optimizer != "sgd":
+            raise broken("momentum is of optimizer sgd", "remove momentum, or optimizer: sgd")
+        if self.accumulate > self.batch_size:
+            raise broken("accumulate must not exceed batch_size", "a batch has no more parts than images")
+        if self.batch_size == 1 and (self.mixup > 0 or self.cutmix > 0):
+            raise broken("mixup and cutmix need a batch_size of 2 or more", "images are mixed two and two")
+        return self
+
+
+class BaselineSettings(RecoverySettings):
+    """How the baseline is trained where the study trains it."""
+
+    epochs: Positive = 20
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    seed: Natural = 0
+
+
+class TrainingSection(Section):
+    baseline: BaselineSettings = BaselineSettings()
+    recovery: RecoverySettings = RecoverySettings()
+
+
+class SamplerSection(Section):
+    """``options`` go to the sampler as keyword arguments."""
+
+    name: Annotated[str, AfterValidator(sampler_name)] = "tpe"
+    seed: Natural = 0
+    n_startup_trials: Positive = 10
+    population_size: Annotated[int, Field(ge=2)] = 50
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class ResourcesSection(Section):
+    """Of one trial."""
+
+    cpus: Positive = 1
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    memory: Annotated[int, BeforeValidator(size_bytes), Field(gt=0)] | None = None
+    max_concurrent: Positive | None = None
+
+
+class BudgetSection(Section):
+    """Wall time of the study, and of one trial (waiting for the lane does not count); most further measurements of
+    frontier members whose place rests on noise (None: the protocol's)."""
+
+    time: Duration | None = None
+    trial_timeout: Duration | None = 600.0
+    remeasure: Natural | None = None
+
+
+class MeasurementSection(Section):
+    """How speed and memory are measured; what a study leaves out is its protocol's (:mod:`workers.measuring.protocols`)."""
+
+    protocol: Literal["quick", "standard", "thorough"] = "quick"
+    window_s: Annotated[float, Field(ge=0)]
+    latency_pairs: Annotated[int, Field(ge=3)]
+    throughput_pairs: Annotated[int, Field(ge=3)]
+    warmup: Natural
+    batch_start: Positive
+    batch_step: Positive
+    batch_max: Positive
+    noise_runs: Positive
+    threads: Positive = 2
+    bootstrap: Annotated[int, Field(ge=100)] = 1000
+    compile: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rest_by_protocol(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        named = protocol(values)
+        known = {name: value for name, value in PROTOCOLS[named].items() if name in cls.model_fields}
+        return {**known, **values}
+
+    @model_validator(mode="after")
+    def _start_within_most(self) -> Self:
+        if self.batch_max < self.batch_start:
+            raise broken(
+                "batch_max must not be less than batch_start", f"batch_start {self.batch_start}, max {self.batch_max}"
+            )
+        return self
+
+
+def protocol(measurement: object) -> str:
+    """Returns the name of the protocol that a measurement section asks for; quick where it names none that is known."""
+    name = measurement.get("protocol") if isinstance(measurement, Mapping) else None
+    return name if isinstance(name, str) and name in PROTOCOLS else "quick"
+
+
+# --- the study --------------------------------------------------------------------------------------------------------
+
+
+class StudyConfig(Section):
+    """A study, complete and checked. Make one with :func:`orchestrator.study.load.load_study`.
+
+    Attributes:
+        objectives: name to direction, in the study's order.
+        techniques: technique to parameter to what is searched: a list of values (one value: fixed), or
+            ``{"low", "high", "step"}``. After loading, every parameter of every technique is there.
+        recipes: known-good recipes, each a list of one-entry mappings technique -> complete config, in order.
+        constraints: normalised texts; :meth:`parsed_constraints` has them parsed.
+    """
+
+    name: Annotated[str, AfterValidator(study_name)]
+    model: ModelSection
+    data: DataSection
+    training: TrainingSection = TrainingSection()
+    objectives: Annotated[dict[str, Literal["minimize", "maximize"]], BeforeValidator(directions), Field(min_length=1)]
+    device: Literal["cpu", "cuda"] = "cpu"
+    reference_point: dict[str, float] | None = None
+    constraints: list[Annotated[str, AfterValidator(constraint)]] = Field(default_factory=list)
+    techniques: Annotated[dict[str, Parameters], Field(min_length=1)]
+    max_techniques: Positive = 3
+    recipes: list[Annotated[list[RecipeStep], Field(min_length=1)]] = Field(default_factory=list)
+    sampler: SamplerSection = SamplerSection()
+    seeds: Annotated[list[Natural], AfterValidator(distinct), Field(min_length=1)]
+    resources: ResourcesSection = ResourcesSection()
+    trials: Positive = 16
+    budget: BudgetSection = BudgetSection()
+    retries: Natural = 2
+    measurement: Annotated[MeasurementSection, BeforeValidator(empty_for_null)] = Field(
+        default_factory=lambda: MeasurementSection.model_validate({})
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _seeds_by_protocol(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "seeds" not in values:
+            return {**values, "seeds": list(SEEDS[protocol(values.get("measurement"))])}
+        return values
+
+    @property
+    def remeasurements(self) -> int:
+        """Most further measurements of undecided frontier members."""
+        stated = self.budget.remeasure
+        return int(PROTOCOLS[self.measurement.protocol]["remeasure"]) if stated is None else stated
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values; :meth:`from_dict` reads them back."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Reads what :meth:`to_dict` wrote, without asking whether files or techniques are still there.
+
+        Raises:
+            pydantic.ValidationError: (a ValueError) if the values are no study.
+        """
+        return cls.model_validate(dict(values))
+
+    def known_good(self) -> tuple[Recipe, ...]:
+        """Returns the recipes that are enqueued first."""
+        return tuple(Recipe(tuple(Step(*pair) for step in steps for pair in step.items())) for steps in self.recipes)
+
+    def parsed_constraints(self) -> tuple[Constraint, ...]:
+        """Returns the constraints, ready to judge metrics."""
+        return tuple(map(parse, self.constraints))
+
+    def context(self) -> Context:
+        """Returns everything besides recipe and seed that changes a trial's numbers. Reads the data and checkpoint.
+
+        Of a file it holds path and digest, and the digest alone is part of a trial's id.
+
+        Raises:
+            OSError, ValueError: the data or the checkpoint cannot be read.
+        """
+        from workers.models import checkpoint_digest  # these import torch
+        from workers.tasks import data_digest
+        from workers.tasks.answers import vocabulary_digest
+        from workers.tasks.tokenisers import folder_fingerprint
+
+        checkpoint = self.model.checkpoint
+        unused = set() if self.model.family in VISION_LANGUAGE else set(VISION_LANGUAGE_KEYS)
+        data = self.data.model_dump(mode="json", exclude=unused)
+        if isinstance(answers := data.get("answers"), str):
+            data["answers"] = {"path": answers, "digest": vocabulary_digest(Path(answers))}
+        if (tokenizer := data.get("tokenizer")) is not None and (found := folder_fingerprint(tokenizer)):
+            data["tokenizer"] = {"path": tokenizer, "digest": found}
+        return Context(
+            model={
+                "family": self.model.family,
+                "name": self.model.name,
+                "pretrained": self.model.pretrained,
+                "checkpoint": checkpoint,
+                "checkpoint_digest": checkpoint_digest(checkpoint) if checkpoint is not None else None,
+                "create": self.model.settings(),
+                "train": self.model.train,
+            },
+            data={**data, "digest": data_digest(data)},
+            training=self.training.model_dump(mode="json"),
+            measurement=self.measurement.model_dump(mode="json"),
+            device=self.device,
+        )
+
+
+def model_info(context: Context) -> ModelInfo:
+    """Returns the facts about a context's uncompressed model by which techniques are judged. Loads no weights."""
+    from workers import models, tasks  # these import torch
+
+    model = models.build(
+        {**context.model, "pretrained": False, "checkpoint": None}, tasks.info(context.data), device="meta"
+    )
+    return models.model_info(model, context.device)

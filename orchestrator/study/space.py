@@ -1,0 +1,323 @@
+"""The search space: which techniques, in which order, how strongly; conditional, so that nothing forbidden is drawn.
+
+One categorical a family, in the families' order, over what is still possible after the families before it; then the
+order, where several compute different things; then the parameters of the chosen techniques. Samplers demand that a
+name always comes with the same options, so the options are part of the name: ``pruning|none,magnitude_prune``. A
+question with one answer is not asked. The empty recipe is never drawn: where nothing was chosen before, the last family
+offers no ``none``.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Protocol, TypeVar
+
+from workers.techniques import composition
+from workers.techniques.record import FAMILIES, ModelInfo, make_config
+from workers.trial import Recipe, Step
+
+Key = TypeVar("Key")
+
+NONE = "none"
+PROBES = 2000
+"""Configs of one technique that are tried before it counts as infeasible; all of them where there are no more."""
+
+
+class Suggest(Protocol):
+    """Who answers: a sampler, a random source, or a recipe that is already known."""
+
+    def categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        """Returns one of ``choices``."""
+
+    def integer(self, name: str, low: int, high: int, step: int) -> int:
+        """Returns ``low`` plus a multiple of ``step``, at most ``high``."""
+
+    def floating(self, name: str, low: float, high: float, step: float) -> float:
+        """Returns ``low`` plus a multiple of ``step``, at most ``high``."""
+
+
+# --- what one parameter may be ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One of ``values``; a single one is fixed and never asked for."""
+
+    values: tuple[Any, ...]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.values[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.values)
+
+    def ask(self, name: str, suggest: Suggest) -> Any:
+        return self.values[0] if len(self) == 1 else suggest.categorical(name, self.values)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """``low``, ``low + step``, ... ``high``; of integers where all three are."""
+
+    low: float
+    high: float
+    step: float
+
+    @property
+    def integral(self) -> bool:
+        return all(isinstance(x, int) for x in (self.low, self.high, self.step))
+
+    def __len__(self) -> int:
+        return math.floor((self.high - self.low) / self.step + 1e-6) + 1
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        value = self.low + index * self.step
+        return value if self.integral else round(float(value), 10)  # one float for each point: equal recipes are equal
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(len(self)))
+
+    def ask(self, name: str, suggest: Suggest) -> Any:
+        last = self[len(self) - 1]
+        if len(self) == 1:
+            return last
+        if self.integral:
+            return suggest.integer(name, int(self.low), int(last), int(self.step))
+        value = suggest.floating(name, float(self.low), last, float(self.step))
+        return self[min(max(round((value - self.low) / self.step), 0), len(self) - 1)]
+
+
+Axis = Choices | Grid
+
+
+def axis(spec: Any) -> Axis:
+    """Returns what a resolved study says of one parameter: a list of values, or ``{"low", "high", "step"}``."""
+    return Grid(**spec) if isinstance(spec, Mapping) else Choices(tuple(spec))
+
+
+def _config_at(axes: Mapping[Key, Axis], index: int) -> dict[Key, Any]:
+    """Returns the config with this number, counting through the axes."""
+    config = {}
+    for name, values in axes.items():
+        index, here = divmod(index, len(values))
+        config[name] = values[here]
+    return config
+
+
+def _count(axes: Mapping[Any, Axis]) -> int:
+    return math.prod(map(len, axes.values()))
+
+
+# --- feasibility ------------------------------------------------------------------------------------------------------
+
+
+def fault(recipe: Recipe, info: ModelInfo) -> str | None:
+    """Returns why the recipe cannot be carried out on this model and device, or None; steps see those before them."""
+    from workers.techniques import registry  # imports torch
+
+    reason = composition.fault(recipe.techniques, info.family) or composition.environment_fault(recipe.techniques, info)
+    if reason:
+        return reason
+    for step in recipe.steps:
+        technique = registry()[step.technique]
+        if info.family not in technique.models:
+            return f"{step.technique}: works on models of family {', '.join(technique.models)}, not on {info.family}"
+        try:
+            config = make_config(technique.Config, step.config)
+        except ValueError as error:  # values that are each allowed and contradict one another
+            return f"{step.technique}: {error}"
+        if reason := technique.check(info, config):
+            return f"{step.technique}: {reason}"
+        info = technique.info_after(info, config)
+    return None
+
+
+def _never_feasible(name: str, axes: Mapping[str, Axis], info: ModelInfo) -> str | None:
+    """Returns a reason that holds against every config of a technique, or None if one of them can be carried out."""
+    total = _count(axes)
+    indices = range(total) if total <= PROBES else random.Random(0).sample(range(total), PROBES)
+    reasons = (fault(Recipe((Step(name, _config_at(axes, i)),)), info) for i in indices)
+    first = next(reasons)
+    if first is None or any(reason is None for reason in reasons):
+        return None
+    return f"{first} (and so for every other value searched)" if total > 1 else first
+
+
+# --- the space --------------------------------------------------------------------------------------------------------
+
+
+class SearchSpace:
+    """The recipes of a study.
+
+    Args:
+        techniques: technique to parameter to a list of values or ``{"low", "high", "step"}``, every parameter of a
+            technique named, as :class:`orchestrator.study.load.StudyConfig` holds them.
+        info: the model and device; techniques that cannot work there are excluded. None judges by composition only.
+        max_techniques: most techniques in one recipe.
+    """
+
+    def __init__(
+        self, techniques: Mapping[str, Mapping[str, Any]], info: ModelInfo | None = None, *, max_techniques: int = 3
+    ) -> None:
+        self.info = info
+        self.max_techniques = max_techniques
+        self._model_family = info.family if info else "timm"
+        self._named = tuple(techniques)
+        axes = {t: {p: axis(spec) for p, spec in parameters.items()} for t, parameters in techniques.items()}
+        reasons = {t: _never_feasible(t, a, info) for t, a in axes.items()} if info else {}
+        self._infeasible = {t: reason for t, reason in reasons.items() if reason}
+        self._axes = {t: a for t, a in axes.items() if t not in self._infeasible}
+        by_family = {f: tuple(t for t in self._axes if composition.family_of(t) == f) for f in FAMILIES}
+        self._families = [(f, names) for f, names in by_family.items() if names]
+        self._orders: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+
+    def _legal_orders(self, names: tuple[str, ...]) -> list[tuple[str, ...]]:
+        if names not in self._orders:
+            self._orders[names] = composition.legal_orders(names, self._model_family)
+        return self._orders[names]
+
+    def _options(self, index: int, drawn: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """Returns what family number ``index`` may add to the techniques drawn before it; the empty tuple adds none."""
+        names = self._families[index][1]
+        room = self.max_techniques - len(drawn)
+        sizes = range(min(room, len(names)) + 1)
+        options = [some for n in sizes for some in combinations(names, n) if self._legal_orders(drawn + some)]
+        must = not drawn and index == len(self._families) - 1
+        return [some for some in options if some] if must else options
+
+    def sample(self, suggest: Suggest) -> Recipe:
+        """Draws a recipe; no forbidden combination and never the empty one.
+
+        Raises:
+            ValueError: every technique of the study is infeasible.
+        """
+        if not self._families:
+            raise ValueError(
+                "the search space is empty: " + "; ".join(f"{t}: {r}" for t, r in self._infeasible.items())
+            )
+        drawn: tuple[str, ...] = ()
+        for index, (family, _) in enumerate(self._families):
+            options = {"+".join(some) or NONE: some for some in self._options(index, drawn)}
+            drawn += options[_choose(suggest, f"{family}|", list(options))]
+        orders = {">".join(order): order for order in self._legal_orders(drawn)}
+        order = orders[_choose(suggest, "order|", list(orders))]
+        return Recipe(tuple(Step(t, {p: a.ask(f"{t}.{p}", suggest) for p, a in self._axes[t].items()}) for t in order))
+
+    def params_of(self, recipe: Recipe) -> dict[str, Any]:
+        """Returns the answers that make :meth:`sample` yield ``recipe``.
+
+        Raises:
+            ValueError: the recipe lies outside this space.
+        """
+        answers = _Known(recipe)
+        found = self.sample(answers)
+        if found.hash != recipe.hash:
+            raise ValueError(f"{recipe.label()} is outside the search space, which has {found.label()} there")
+        return answers.asked
+
+    def _sets(self, index: int = 0, drawn: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+        """Yields every set of techniques that a recipe may have."""
+        if index == len(self._families):
+            if drawn:
+                yield drawn
+            return
+        for some in self._options(index, drawn):
+            yield from self._sets(index + 1, drawn + some)
+
+    def size(self) -> int:
+        """Returns the exact number of distinct recipes, those that :meth:`fault` rejects by their values included."""
+        return sum(len(self._legal_orders(s)) * math.prod(_count(self._axes[t]) for t in s) for s in self._sets())
+
+    def enumerate(self) -> Iterator[Recipe]:
+        """Yields every recipe once, lazily."""
+        for order in (order for drawn in self._sets() for order in self._legal_orders(drawn)):
+            axes = {(t, p): a for t in order for p, a in self._axes[t].items()}
+            for index in range(_count(axes)):
+                values = _config_at(axes, index)
+                yield Recipe(tuple(Step(t, {p: values[t, p] for p in self._axes[t]}) for t in order))
+
+    def excluded(self) -> list[tuple[tuple[str, ...], str]]:
+        """Returns what is never drawn and why: techniques infeasible on this model, pairs that must not be together."""
+        single = [((name,), reason) for name, reason in self._infeasible.items()]
+        pairs = composition.conflicts(self._named, self._model_family)
+        return [*single, *(((a, b), v.reason) for a, b, v in pairs)]
+
+    def fault(self, recipe: Recipe, info: ModelInfo | None = None) -> str | None:
+        """Returns why the recipe cannot be carried out, or None; a searcher marks it infeasible without running it.
+
+        Args:
+            info: the model and device, where the space was made without them.
+        """
+        info = info or self.info
+        return fault(recipe, info) if info else composition.fault(recipe.techniques, self._model_family)
+
+    def count_infeasible(self, limit: int = 20_000) -> int | None:
+        """Returns how many recipes :meth:`fault` rejects, or None where the space has more than ``limit`` of them."""
+        if self.size() > limit:
+            return None
+        return sum(self.fault(recipe) is not None for recipe in self.enumerate())
+
+
+def _choose(suggest: Suggest, prefix: str, labels: list[str]) -> str:
+    if len(labels) == 1:
+        return labels[0]
+    return str(suggest.categorical(prefix + ",".join(labels), labels))
+
+
+class _Known:
+    """Answers every question as one recipe would, and notes what was asked."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.configs = {step.technique: step.config for step in recipe.steps}
+        self.asked: dict[str, Any] = {}
+
+    def _note(self, name: str, value: Any, fits: Callable[[Any], bool], allowed: str) -> Any:
+        if not fits(value):
+            raise ValueError(f"{self.recipe.label()} is outside the search space: {name} is {value!r}, not {allowed}")
+        self.asked[name] = value
+        return value
+
+    def categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        kind, bar, _ = name.partition("|")
+        if not bar:
+            value = self._value(name)
+        elif kind == "order":
+            value = ">".join(self.recipe.techniques)
+        else:
+            value = self._chosen(kind, choices)
+        return self._note(name, value, lambda v: _among(v, choices), "one of " + ", ".join(map(str, choices)))
+
+    def _chosen(self, family: str, choices: Iterable[str]) -> str:
+        mine = {t for t in self.configs if composition.family_of(t) == family}
+        return next((c for c in choices if set(c.split("+")) == (mine or {NONE})), "+".join(sorted(mine)) or NONE)
+
+    def _value(self, name: str) -> Any:
+        technique, _, parameter = name.partition(".")
+        config = self.configs.get(technique, {})
+        if parameter not in config:
+            raise ValueError(f"{self.recipe.label()} is outside the search space: it has no {name}")
+        return config[parameter]
+
+    def integer(self, name: str, low: int, high: int, step: int) -> int:
+        return int(self._on_grid(name, Grid(low, high, step)))
+
+    def floating(self, name: str, low: float, high: float, step: float) -> float:
+        return float(self._on_grid(name, Grid(low, high, step)))
+
+    def _on_grid(self, name: str, grid: Grid) -> Any:
+        allowed = f"{grid.low:g} to {grid.high:g} in steps of {grid.step:g}"
+        return self._note(name, self._value(name), lambda v: _among(v, grid), allowed)
+
+
+def _among(value: Any, choices: Iterable[Any]) -> bool:
+    return any(value == c and isinstance(value, bool) == isinstance(c, bool) for c in choices)

@@ -1,0 +1,400 @@
+"""Optuna ask/tell over a search space of recipes: the one file that knows Optuna.
+
+Why not Ray Tune's OptunaSearch: several objectives with failures, constraints and duplicates need a say in every tell
+(docs/decisions/0002-own-searcher.md). What is asked is written down before it is run, what was told can be rebuilt from the
+ledger: :meth:`Proposer.restore` makes the same Optuna study again, trial numbers and sampler state included.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import distribution_to_json, json_to_distribution
+from optuna.samplers import BaseSampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from orchestrator.study.constraints import Constraint
+from orchestrator.study.scalars import SAMPLER_GROUP
+from orchestrator.study.schema import SamplerSection
+from orchestrator.study.space import SearchSpace
+from workers.trial import INFRASTRUCTURE, Recipe
+
+KEEP = 0.8
+"""Share of a repeated recipe's parameters that its replacement keeps."""
+
+RANDOM_DRAWS = 300
+"""Random tries for an unseen recipe before the space is enumerated."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One recipe that Optuna asked for; ``state`` is what :meth:`Proposer.restore` needs to rebuild its Optuna trial."""
+
+    number: int
+    recipe: Recipe
+    state: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TrialNote:
+    """What Optuna does not know of a trial: ``attributes`` are plain values, the times local ones without a zone."""
+
+    attributes: Mapping[str, Any]
+    started: datetime
+    ended: datetime
+
+
+class TrialSuggest:
+    """What :meth:`SearchSpace.sample` draws from: an Optuna trial."""
+
+    def __init__(self, trial: Trial) -> None:
+        self.trial = trial
+
+    def categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self.trial.suggest_categorical(name, choices)
+
+    def integer(self, name: str, low: int, high: int, step: int) -> int:
+        return self.trial.suggest_int(name, low, high, step=step)
+
+    def floating(self, name: str, low: float, high: float, step: float) -> float:
+        return self.trial.suggest_float(name, low, high, step=step)
+
+
+class RandomSuggest:
+    """Uniform draws, for recipes the sampler did not think of."""
+
+    def __init__(self, generator: random.Random) -> None:
+        self.generator = generator
+
+    def categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self.generator.choice(choices)
+
+    def integer(self, name: str, low: int, high: int, step: int) -> int:
+        return low + step * self.generator.randint(0, (high - low) // step)
+
+    def floating(self, name: str, low: float, high: float, step: float) -> float:
+        return low + step * self.generator.randint(0, math.floor((high - low) / step + 1e-9))
+
+
+class NearSuggest(RandomSuggest):
+    """Draws near a recipe: each of its answers is kept with probability :data:`KEEP` where it is still a choice."""
+
+    def __init__(self, generator: random.Random, params: Mapping[str, Any]) -> None:
+        super().__init__(generator)
+        self.params = params
+
+    def _kept(self, name: str) -> bool:
+        return name in self.params and self.generator.random() < KEEP
+
+    def categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self.params[name] if self._kept(name) else super().categorical(name, choices)
+
+    def integer(self, name: str, low: int, high: int, step: int) -> int:
+        return int(self.params[name]) if self._kept(name) else super().integer(name, low, high, step)
+
+    def floating(self, name: str, low: float, high: float, step: float) -> float:
+        return float(self.params[name]) if self._kept(name) else super().floating(name, low, high, step)
+
+
+def make_sampler(section: SamplerSection) -> BaseSampler:
+    """Returns the sampler of a study: ``tpe``, ``nsga2``, ``random``, or one of the entry point group ``vitpareto.samplers``.
+
+    Raises:
+        ValueError: the sampler does not take the section's options.
+    """
+    own: dict[str, tuple[Callable[..., BaseSampler], dict[str, Any]]] = {
+        "tpe": (
+            optuna.samplers.TPESampler,
+            {"multivariate": True, "group": True, "constant_liar": True, "n_startup_trials": section.n_startup_trials},
+        ),
+        "nsga2": (optuna.samplers.NSGAIISampler, {"population_size": section.population_size}),
+        "random": (optuna.samplers.RandomSampler, {}),
+    }
+    if section.name in own:
+        make, settings = own[section.name]
+    else:
+        (point,) = entry_points(group=SAMPLER_GROUP, name=section.name)
+        make, settings = point.load(), {}
+    try:
+        with warnings.catch_warnings():  # multivariate, group and constant_liar are what we tested (docs/decisions)
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return make(**{"seed": section.seed, **settings, **section.options})
+    except TypeError as error:
+        raise ValueError(f"sampler.options: {section.name} does not take them: {error}") from None
+
+
+class _Entries(BaseJournalBackend):
+    """A journal in memory: the one in a file synchronises after each entry, 10 ms a trial."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, Any]] = []
+
+    def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
+        return self.logs[log_number_from:]
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        self.logs.extend(logs)
+
+
+class Proposer:
+    """Asks Optuna for recipes and tells it how they ended.
+
+    Args:
+        space: where recipes come from.
+        objectives: name to direction, in the order of the Optuna study's values.
+        constraints: told with every finished trial; a violated one makes it infeasible, not failed.
+        sampler: see :func:`make_sampler`.
+        first: recipes to ask for before the sampler has its say.
+        seed: of the random draws that replace repeated suggestions.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        objectives: Mapping[str, str],
+        constraints: Sequence[Constraint],
+        sampler: BaseSampler,
+        first: Sequence[Recipe] = (),
+        seed: int = 0,
+    ) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.space = space
+        self.objectives, self.constraints = dict(objectives), tuple(constraints)
+        self.study = optuna.create_study(
+            directions=[StudyDirection[d.upper()] for d in objectives.values()], sampler=sampler
+        )
+        self.first = list(first)
+        self.outcomes: dict[str, Mapping[str, float] | None] = {}
+        self.open: dict[int, Proposal] = {}
+        self.recipes: dict[str, Recipe] = {}
+        self.asked: dict[int, Recipe] = {}
+        self.rejected: list[tuple[Recipe, str]] = []
+        self.lost: set[str] = set()
+        self._again: list[Proposal] = []
+        self._random = random.Random(seed)
+
+    # --- ask ----------------------------------------------------------------------------------------------------------
+
+    def ask(self) -> tuple[Proposal | None, list[dict[str, Any]]]:
+        """Returns the next recipe to run (None: the space is exhausted) and the states of answered duplicates.
+
+        A recipe already known is answered at once from its outcome; one that cannot work on this model is told as pruned;
+        neither is ever run again.
+        """
+        if self._again:
+            return self._again.pop(0), []
+        answered: list[dict[str, Any]] = []
+        while True:
+            enqueued = self._enqueue_first()
+            proposal = self._ask_once(answered)
+            if proposal is not None:
+                return proposal, answered
+            if not enqueued:
+                break
+        unseen = self._unseen(answered[-1]["params"])
+        if unseen is None:
+            return None, answered
+        self.study.enqueue_trial(self.space.params_of(unseen))
+        return self._ask_once(answered), answered
+
+    def _enqueue_first(self) -> bool:
+        while self.first:
+            recipe = self.first.pop(0)
+            if recipe.hash in self._seen():
+                continue
+            try:
+                self.study.enqueue_trial(self.space.params_of(recipe))
+            except ValueError as error:  # one of its techniques is infeasible on this model
+                self.rejected.append((recipe, str(error)))
+                continue
+            return True
+        return False
+
+    def _ask_once(self, answered: list[dict[str, Any]]) -> Proposal | None:
+        trial = self.study.ask()
+        if not isinstance(self.study.sampler, optuna.samplers.TPESampler):
+            _ = (
+                trial.relative_params
+            )  # puts enqueued recipes too into NSGA-II's generations; costs TPE and gives it nothing
+        recipe = self.space.sample(TrialSuggest(trial))
+        self.recipes[recipe.hash] = self.asked[trial.number] = recipe
+        proposal = Proposal(trial.number, recipe, self._state(trial.number, recipe))
+        if recipe.hash in self.outcomes:
+            self._tell(trial.number, self.outcomes[recipe.hash])
+            answered.append({**proposal.state, "duplicate": True})
+            return None
+        if recipe.hash in self._unanswered():
+            self.study.tell(trial.number, state=TrialState.FAIL)
+            answered.append({**proposal.state, "running": True})
+            return None
+        reason = self.space.fault(recipe)
+        if reason:
+            self.rejected.append((recipe, reason))
+            self.outcomes[recipe.hash] = None
+            self._tell(trial.number, None)
+            answered.append({**proposal.state, "rejected": reason})
+            return None
+        self.open[trial.number] = proposal
+        return proposal
+
+    def _seen(self) -> set[str]:
+        return set(self.outcomes) | self._unanswered()
+
+    def _unanswered(self) -> set[str]:
+        """Recipes that are not run again by this process and whose outcome is not known: in flight, or given up."""
+        return self.lost | {p.recipe.hash for p in self.open.values()}
+
+    def _unseen(self, params: Mapping[str, Any]) -> Recipe | None:
+        """Returns a recipe not seen yet, near the one that ``params`` stand for; None if the space is exhausted.
+
+        A sampler that repeats itself means that region: a neighbour of it is worth more than a second look.
+        """
+        seen = self._seen()
+        for suggest in (NearSuggest(self._random, params), RandomSuggest(self._random)):
+            for _ in range(RANDOM_DRAWS):
+                recipe = self.space.sample(suggest)
+                if recipe.hash not in seen and self._possible(recipe):
+                    return recipe
+        return next((r for r in self.space.enumerate() if r.hash not in seen and self._possible(r)), None)
+
+    def _possible(self, recipe: Recipe) -> bool:
+        return self.space.fault(recipe) is None
+
+    def _state(self, number: int, recipe: Recipe) -> dict[str, Any]:
+        frozen = self._frozen(number)
+        return {
+            "number": number,
+            "recipe": recipe.to_json(),
+            "params": dict(frozen.params),
+            "distributions": {k: distribution_to_json(d) for k, d in frozen.distributions.items()},
+            "system_attrs": dict(frozen.system_attrs),  # a copy: what is told later does not belong to what was asked
+        }
+
+    def _frozen(self, number: int) -> FrozenTrial:
+        return self.study.get_trials(deepcopy=False)[number]
+
+    # --- tell ---------------------------------------------------------------------------------------------------------
+
+    def tell(self, number: int, statuses: Sequence[str], metrics: Sequence[Mapping[str, float]]) -> None:
+        """Tells Optuna how a proposal ended: one status and one mapping of metrics a seed.
+
+        All seeds ok: the means of the metrics. A deterministic failure: pruned. An infrastructure failure: failed, which
+        samplers ignore; this process does not ask for the recipe again, the next one does (see :meth:`restore`).
+        """
+        proposal = self.open.pop(number)
+        if all(status == "ok" for status in statuses):
+            outcome = {k: sum(m[k] for m in metrics) / len(metrics) for k in metrics[0] if all(k in m for m in metrics)}
+            self.outcomes[proposal.recipe.hash] = outcome
+            self._tell(number, outcome)
+        elif any(status in INFRASTRUCTURE for status in statuses):
+            self.lost.add(proposal.recipe.hash)
+            self.study.tell(number, state=TrialState.FAIL)
+        else:
+            self.outcomes[proposal.recipe.hash] = None
+            self._tell(number, None)
+
+    def _tell(self, number: int, outcome: Mapping[str, float] | None) -> None:
+        if outcome is None:
+            self.study.tell(number, state=TrialState.PRUNED)
+            return
+        frozen = self._frozen(number)
+        trial = Trial(self.study, frozen._trial_id)
+        for name, value in self._violations(outcome).items():
+            trial.set_constraint(name, value)
+        self.study.tell(number, [outcome[name] for name in self.objectives])
+
+    def _violations(self, outcome: Mapping[str, float]) -> dict[str, float]:
+        return {str(c): c.violation(outcome) for c in self.constraints}
+
+    # --- rebuild ------------------------------------------------------------------------------------------------------
+
+    def restore(
+        self, asks: Sequence[Mapping[str, Any]], outcomes: Mapping[int, tuple[list[str], list[dict[str, float]]]]
+    ) -> None:
+        """Rebuilds the Optuna study from what was asked and how it ended.
+
+        Args:
+            asks: the ``state`` of every proposal and duplicate, with ``rejected``/``duplicate``/``running`` where they were.
+            outcomes: number to (statuses, metrics) of the proposals that ended; the others are asked for again, under
+                the same number and with the same parameters.
+        """
+        by_number = {int(a["number"]): a for a in asks}
+        for number in range(max(by_number, default=-1) + 1):
+            ask = by_number.get(number)
+            if ask is None:  # its file was lost: an empty failed trial keeps the numbers right
+                self.study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))
+                continue
+            recipe = Recipe.from_json(ask["recipe"])
+            self.recipes[recipe.hash] = self.asked[number] = recipe
+            self._add(ask)
+            if ask.get("running"):
+                self.study.tell(number, state=TrialState.FAIL)
+            elif ask.get("rejected"):
+                self.outcomes[recipe.hash] = None
+                self._tell(number, None)
+            elif ask.get("duplicate"):
+                self._tell(number, self.outcomes.get(recipe.hash))
+            else:
+                self.open[number] = Proposal(number, recipe, ask)
+                if number in outcomes:
+                    self.tell(number, *outcomes[number])
+        self._again = list(self.open.values())
+
+    def _add(self, ask: Mapping[str, Any]) -> None:
+        distributions = {k: json_to_distribution(d) for k, d in ask["distributions"].items()}
+        trial = optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params=dict(ask["params"]),
+            distributions=distributions,
+            system_attrs=dict(ask["system_attrs"]),
+        )
+        trial.datetime_start = datetime.now()
+        self.study.add_trial(trial)
+
+    # --- for other tools ----------------------------------------------------------------------------------------------
+
+    def journal_bytes(self, name: str, notes: Mapping[int, TrialNote] | None = None) -> bytes:
+        """Returns the Optuna study as a file of its journal storage, which optuna-dashboard opens; the study stays as it is.
+
+        Args:
+            name: of the study in that file.
+            notes: number to what Optuna does not know of a trial.
+        """
+        entries = _Entries()
+        copy = optuna.create_study(storage=JournalStorage(entries), study_name=name, directions=self.study.directions)
+        with warnings.catch_warnings():  # experimental since Optuna 3.2; the dashboard's axes have no other names
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            copy.set_metric_names(list(self.objectives))
+        for trial in self.study.get_trials(deepcopy=True):
+            copy.add_trial(self._noted(trial, (notes or {}).get(trial.number)))
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "optuna.journal")
+            JournalFileBackend(str(file)).append_logs(entries.logs)
+            return file.read_bytes()
+
+    def _noted(self, trial: FrozenTrial, note: TrialNote | None) -> FrozenTrial:
+        """Adds to a trial what a person looks for."""
+        if trial.number in self.asked:
+            trial.set_user_attr("recipe", self.asked[trial.number].label())
+        if trial.constraints:
+            # Optuna 5 keeps them by name; optuna-dashboard 0.21 reads the list that older versions kept.
+            trial.system_attrs = {**trial.system_attrs, "constraints": list(trial.constraints.values())}
+        if note is not None:
+            for key, value in note.attributes.items():
+                trial.set_user_attr(key, value)
+            if trial.state.is_finished():
+                trial.datetime_start, trial.datetime_complete = note.started, note.ended
+        return trial

@@ -1,0 +1,376 @@
+"""The state of a running study, without Ray: what to run next, what came back, what is left of the budget.
+
+The ledger is the source of truth. A sweep is rebuilt from it at every start, so that resuming is starting: trials that ended
+are told to Optuna again, those in flight are issued again under their own numbers, the remaining budget is run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from orchestrator.frontier import dominance
+from orchestrator.ledger import Ledger, attempt_row
+from orchestrator.study import constraints
+from orchestrator.study.constraints import DROPS
+from orchestrator.study.schema import StudyConfig
+from orchestrator.study.space import SearchSpace
+from orchestrator.sweep.searcher import Proposer, make_sampler
+from orchestrator.words.labels import short_label
+from workers.techniques.record import ModelInfo
+from workers.trial import INFRASTRUCTURE, Context, Recipe, TrialResult, TrialSpec, trial_id
+
+RUNNER = "workers.run:run_trial"
+
+
+class StudyFailed(Exception):
+    """The study could not go on; the message says why. What was found is in the ledger."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one Tune trial runs: one recipe under the seeds that are still to do. ``number`` is None for the baseline."""
+
+    number: int | None
+    recipe: Recipe
+    specs: tuple[TrialSpec, ...]
+    state: Mapping[str, Any] | None
+
+    def to_dict(self, runner: str) -> dict[str, Any]:
+        """Returns plain values for the trainable."""
+        return {"specs": [s.to_dict() for s in self.specs], "optuna": self.state, "runner": runner}
+
+
+@dataclass
+class Snapshot:
+    """What a person wants to know while a study runs."""
+
+    done: int
+    budget: int
+    running: int
+    failed: Counter[str]
+    best: dict[str, tuple[float, str]]
+    hypervolume: float | None
+    elapsed_s: float
+    left_s: float | None
+    note: str = ""
+
+
+@dataclass
+class Sweep:
+    """A study on its way. Make one with :func:`open_sweep`.
+
+    Attributes:
+        rows: trial id to (status, metrics) of accepted attempts in this context.
+        exhausted: every recipe of the space has been run.
+        stopping: None, or why nothing more is issued.
+    """
+
+    config: StudyConfig
+    context: Context
+    ledger: Ledger
+    proposer: Proposer
+    versions: Mapping[str, int]
+    storage_url: str
+    token: str
+    started: float = field(default_factory=time.monotonic)
+    baseline_at: float = field(default_factory=time.monotonic)
+    rows: dict[str, tuple[str, dict[str, float]]] = field(default_factory=dict)
+    baseline: dict[str, float] | None = None
+    exhausted: bool = False
+    stopping: str | None = None
+    open: dict[str, Work] = field(default_factory=dict)
+    issued: int = 0
+    done_before: int = 0
+    lost_count: Counter[str] = field(default_factory=Counter)
+    _retry: list[Work] = field(default_factory=list)
+    _resumed: set[int] = field(default_factory=set)
+
+    # --- issue --------------------------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Nothing is in flight and nothing more will be issued."""
+        return not self.open and self._no_more() and (not self._retry or self.stopping is not None)
+
+    def _no_more(self) -> bool:
+        limit = self.config.budget.time
+        if self.stopping is None and limit is not None and time.monotonic() - self.started > limit:
+            self.stopping = "time budget used up"
+        if self.stopping is not None:
+            return True
+        return self.baseline is not None and (self.issued >= self.config.trials or self.exhausted)
+
+    def next_work(self) -> Work | None:
+        """Returns the next work, or None: wait (something is in flight) or, where :attr:`finished`, nothing is left."""
+        if self.stopping is not None:
+            return None
+        if self._retry:
+            return self._issue(self._retry.pop(0))
+        if self.baseline is None:
+            return None if self.open else self._issue(self._baseline_work())
+        while not self._no_more():
+            work = self._propose()
+            if work is not None:
+                return self._issue(work)
+        return None
+
+    def _issue(self, work: Work) -> Work:
+        self.open[_key(work)] = work
+        return work
+
+    def baseline_spec(self) -> TrialSpec:
+        """Returns the uncompressed model as a trial."""
+        return self._spec(Recipe(), self.config.seeds[0])
+
+    def _baseline_work(self) -> Work:
+        return Work(None, Recipe(), (self.baseline_spec(),), None)
+
+    def _propose(self) -> Work | None:
+        """Asks once; None if the space is exhausted or the answer was in the ledger already."""
+        proposal, answered = self.proposer.ask()
+        for state in answered:
+            self.ledger.write_ask(self.context.digest, int(state["number"]), state)
+        if proposal is None:
+            self.exhausted = True
+            return None
+        self.issued += 1
+        if proposal.number in self._resumed:  # a process that outlived its killed driver may have finished it since
+            self.rows |= self._known([s.trial_id for s in self.specs(proposal.recipe)])
+        specs = self._to_do(self.specs(proposal.recipe))
+        self.ledger.write_ask(
+            self.context.digest, proposal.number, {**proposal.state, "specs": [s.to_dict() for s in specs]}
+        )
+        if not specs:
+            self._tell(proposal.number, proposal.recipe)
+            return None
+        return Work(proposal.number, proposal.recipe, specs, dict(proposal.state))
+
+    def _to_do(self, specs: Sequence[TrialSpec]) -> tuple[TrialSpec, ...]:
+        """Returns those of a recipe's trials that are left to run: none after a failure that says something about it."""
+        statuses = [self.rows[s.trial_id][0] if s.trial_id in self.rows else None for s in specs]
+        if any(status not in {None, "ok", *INFRASTRUCTURE} for status in statuses):
+            return ()
+        return tuple(s for s, status in zip(specs, statuses, strict=True) if status != "ok")
+
+    def _known(self, trials: Sequence[str] | None) -> dict[str, tuple[str, dict[str, float]]]:
+        """Accepted outcomes in the ledger (None: all of this context) that say something about their recipe."""
+        found = self.ledger.outcomes(self.context.digest, trials)
+        return {t: (s, m) for t, (s, m) in found.items() if s not in INFRASTRUCTURE}
+
+    def specs(self, recipe: Recipe) -> list[TrialSpec]:
+        """Returns the trials of a recipe, one a seed."""
+        return [self._spec(recipe, seed) for seed in self.config.seeds]
+
+    def _spec(self, recipe: Recipe, seed: int) -> TrialSpec:
+        named = [c.metric for c in self.config.parsed_constraints()]
+        wanted = [*self.config.objectives, *(DROPS.get(m, m.removesuffix("_ratio")) for m in named)]
+        identity = trial_id(recipe, seed, self.context, self.versions)
+        return TrialSpec(
+            study=self.config.name,
+            trial_id=identity,
+            recipe=recipe,
+            seed=seed,
+            context=self.context,
+            storage=self.storage_url,
+            storage_token=self.token,
+            objectives=tuple(dict.fromkeys(wanted)),
+            timeout_s=self.config.budget.trial_timeout,
+            cpus=self.config.resources.cpus,
+            gpus=self.config.resources.gpus,
+        )
+
+    # --- take back ----------------------------------------------------------------------------------------------------
+
+    def ended(self, work: Work, outcomes: Sequence[Mapping[str, Any]]) -> None:
+        """Takes what the trainable reported: the attempts are in the ledger already."""
+        self.open.pop(_key(work), None)
+        for outcome in outcomes:
+            self.rows[outcome["trial_id"]] = (outcome["status"], dict(outcome["metrics"]))
+        self._end(work)
+
+    def _end(self, work: Work) -> None:
+        if work.number is not None:
+            self._tell(work.number, work.recipe)
+            return
+        status, metrics = self.rows[work.specs[0].trial_id]
+        if status == "ok":
+            self.baseline, self.baseline_at = metrics, time.monotonic()
+        else:
+            self.stopping = f"the baseline failed ({status})"
+
+    def _tell(self, number: int, recipe: Recipe) -> None:
+        found = [self.rows[s.trial_id] for s in self.specs(recipe) if s.trial_id in self.rows]
+        self.proposer.tell(number, [status for status, _ in found], [self._derived(m) for _, m in found])
+
+    def _derived(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        return constraints.derived(metrics, self.baseline or {})
+
+    def lost(self, work: Work, status: str, reason: str) -> None:
+        """Takes that the worker of ``work`` is gone, with ``status`` one of the failure classes.
+
+        Attempts that it still wrote count. Infrastructure failures are retried ``retries`` times; every loss is recorded.
+        """
+        self.open.pop(_key(work), None)
+        left = self._left(work)
+        if left:
+            self._record_loss(left[0], status, reason, work.state)
+        self.lost_count[_key(work)] += 1
+        retry = status in INFRASTRUCTURE and self.lost_count[_key(work)] <= self.config.retries
+        if left and retry:
+            self._retry.append(replace(work, specs=left))
+        else:
+            self._end(work)
+
+    def _left(self, work: Work) -> tuple[TrialSpec, ...]:
+        """Takes what the lost worker of ``work`` still wrote; returns the specs that are left to do."""
+        self.rows |= self._known([s.trial_id for s in work.specs])
+        return self._to_do(work.specs)
+
+    def again(self, work: Work) -> None:
+        """Issues ``work`` once more without blame: the run around it ended, not its worker."""
+        self.open.pop(_key(work), None)
+        left = self._left(work)
+        if left:
+            self._retry.append(replace(work, specs=left))
+        else:
+            self._end(work)
+
+    def _record_loss(self, spec: TrialSpec, status: str, reason: str, state: Mapping[str, Any] | None) -> None:
+        seen = self.ledger.running().get(spec.trial_id, {})
+        started = float(seen.get("started_at", time.time()))
+        result = TrialResult(
+            trial_id=spec.trial_id,
+            attempt_id=f"{status}-{time.time_ns():x}",
+            status=status,
+            failure=reason,
+            metrics={},
+            started_at=started,
+            duration_s=max(0.0, time.time() - started),
+            provenance={"host": seen.get("host"), "pid": seen.get("pid"), "context": self.context.digest},
+        )
+        self.ledger.write_attempt(attempt_row(spec, result, state))
+        self.rows[spec.trial_id] = (status, {})
+
+    # --- look ---------------------------------------------------------------------------------------------------------
+
+    def points(self) -> list[tuple[str, dict[str, float]]]:
+        """Returns (recipe label, metrics) of the baseline and of every feasible ok trial, seeds averaged."""
+        limits = self.config.parsed_constraints()
+        found = []
+        if self.baseline is not None:
+            found.append(("baseline", dict(self.baseline)))
+            for metrics, label in self._means():
+                values = self._derived(metrics)
+                if all(c.satisfied(values) for c in limits):
+                    found.append((label, metrics))
+        return found
+
+    def _means(self) -> list[tuple[dict[str, float], str]]:
+        outcomes = self.proposer.outcomes
+        recipes, searched = self.proposer.recipes, self.config.techniques
+        return [(dict(m), short_label(recipes[h], searched)) for h, m in outcomes.items() if m is not None]
+
+    def reference(self) -> list[float]:
+        """Returns the reference point in the objectives' own units: the study's where it gives one, else the stated one."""
+        names, directions = list(self.config.objectives), list(self.config.objectives.values())
+        base = [self.baseline.get(n, 0.0) if self.baseline else 0.0 for n in names]
+        stated = dominance.default_reference(base, directions) if min(base) > 0 else np.zeros(len(base))
+        return [(self.config.reference_point or {}).get(n, float(v)) for n, v in zip(names, stated, strict=True)]
+
+    def hypervolume(self) -> float | None:
+        """Returns the hypervolume of the feasible points in multiples of the baseline's values, None where one is zero."""
+        names, directions = list(self.config.objectives), list(self.config.objectives.values())
+        if self.baseline is None or min(self.baseline.get(n, 0.0) for n in names) <= 0:
+            return None
+        base = np.array([self.baseline[n] for n in names])
+        values = np.array([[m[n] for n in names] for _, m in self.points()])
+        return dominance.hypervolume(values / base, directions, np.array(self.reference()) / base)
+
+    def snapshot(self) -> Snapshot:
+        """Returns the progress as of now."""
+        ended = [status for trial, (status, _) in self.rows.items() if trial not in self._open_trials()]
+        best: dict[str, tuple[float, str]] = {}
+        points = self.points()[1:]
+        for name, direction in self.config.objectives.items():
+            pick = max if direction == "maximize" else min
+            if points:
+                label, metrics = pick(points, key=lambda p: p[1][name])
+                best[name] = (metrics[name], label)
+        done = self.issued - len([w for w in [*self.open.values(), *self._retry] if w.number is not None])
+        elapsed = time.monotonic() - self.started
+        here = done - self.done_before
+        spent = time.monotonic() - self.baseline_at  # the baseline is made once, the rate is that of the trials
+        left = spent / here * (self.config.trials - done) if here > 0 else None
+        if left is not None and self.config.budget.time is not None:
+            left = min(left, max(0.0, self.config.budget.time - elapsed))
+        failed = Counter(s for s in ended if s != "ok")
+        return Snapshot(
+            done,
+            self.config.trials,
+            len(self.open),
+            failed,
+            best,
+            self.hypervolume(),
+            elapsed,
+            left,
+            self.stopping or "",
+        )
+
+    def _open_trials(self) -> set[str]:
+        return {s.trial_id for w in self.open.values() for s in w.specs}
+
+
+def _key(work: Work) -> str:
+    return "baseline" if work.number is None else str(work.number)
+
+
+def open_sweep(
+    config: StudyConfig,
+    context: Context,
+    info: ModelInfo,
+    ledger: Ledger,
+    *,
+    storage_url: str,
+    token: str,
+    versions: Mapping[str, int],
+) -> Sweep:
+    """Builds the sweep of a study from its ledger: what ended is told to Optuna, what was in flight is issued again.
+
+    Trials that ended in an infrastructure failure are in flight as well: they say nothing about their recipe.
+    """
+    space = SearchSpace(config.techniques, info, max_techniques=config.max_techniques)
+    sampler = make_sampler(config.sampler)
+    proposer = Proposer(
+        space,
+        config.objectives,
+        config.parsed_constraints(),
+        sampler,
+        first=config.known_good(),
+        seed=config.sampler.seed,
+    )
+    sweep = Sweep(config, context, ledger, proposer, versions, storage_url, token)
+    known = sweep.rows = sweep._known(None)
+    base = sweep.baseline_spec().trial_id
+    if known.get(base, ("",))[0] == "ok":
+        sweep.baseline = dict(known[base][1])
+    asks = ledger.asks(context.digest)
+    outcomes: dict[int, tuple[list[str], list[dict[str, float]]]] = {}
+    for ask in asks:
+        if "specs" not in ask:
+            continue
+        sweep.issued += 1
+        ids = [s.trial_id for s in sweep.specs(Recipe.from_json(ask["recipe"]))]
+        found = [known[i] for i in ids if i in known]
+        if len(found) == len(ids) or any(status != "ok" for status, _ in found):
+            outcomes[int(ask["number"])] = ([s for s, _ in found], [sweep._derived(m) for _, m in found])
+    proposer.restore(asks, outcomes)
+    sweep._resumed = set(proposer.open)
+    sweep.issued -= len(proposer.open)  # they are issued, and counted, once more
+    sweep.done_before = sweep.issued
+    return sweep

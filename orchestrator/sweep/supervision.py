@@ -1,0 +1,187 @@
+"""Ray Tune: builds Tuners and supervises them until a sweep has nothing left to run.
+
+Tune schedules and notices lost workers; what to run, what came back and what is retried is the sweep's (sweep.py). Tune's own
+experiment state goes to a temporary folder and is never read: after a crash of the Tune run (Ray's memory monitor can cause one)
+a new Tuner takes over from the ledger.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from typing import Any
+
+from ray import tune
+from ray.exceptions import OutOfMemoryError, RayError
+from ray.tune.search import Searcher
+
+from orchestrator.ledger import LedgerError
+from orchestrator.sweep import after_search
+from orchestrator.sweep.frontier_history import write_frontier
+from orchestrator.sweep.progress import Progress
+from orchestrator.sweep.ray_session import at_once, connection
+from orchestrator.sweep.state import RUNNER, StudyFailed, Sweep, Work
+from orchestrator.sweep.trainable import TrialTrainable
+from orchestrator.sweep.worker_failures import loss_class, loss_reason, memory_culprit
+from workers.node.lease import Lease, LeaseLost
+
+RESTARTS_WITHOUT_PROGRESS = 3
+LEASE_CHECK_S = 5.0
+
+FRONTIER_S = 5.0
+"""Seconds between two snapshots of the frontier while a study runs."""
+
+log = logging.getLogger("vitpareto")
+
+
+def supervise(sweep: Sweep, lease: Lease, address: str | None, progress: Progress, runner: str) -> None:
+    """Runs Tuners until nothing is left; a run that breaks down is followed by another from where the sweep stands.
+
+    A finished sweep ends with what follows the search (finish.py), under the same Ray.
+    """
+    fruitless, one_at_a_time = 0, False
+    while not sweep.finished or (runner == RUNNER and after_search.unreported(sweep)):
+        before = len(sweep.rows)
+        with connection(sweep.config, address):
+            together = 1 if one_at_a_time else at_once(sweep.config, address)
+            broken = None if sweep.finished else _tune(sweep, lease, progress, runner, together)
+            if broken is None:
+                if sweep.finished and runner == RUNNER:
+                    _after_the_search(sweep, progress)
+                return
+        one_at_a_time = not _blame(sweep, broken)
+        fruitless = 0 if len(sweep.rows) > before else fruitless + 1
+        log.warning("the Tune run broke down (%s); going on from the ledger", type(broken).__name__)
+        if fruitless >= RESTARTS_WITHOUT_PROGRESS:
+            raise StudyFailed(f"the Tune run broke down {fruitless} times without a trial ending: {broken}") from broken
+
+
+def _after_the_search(sweep: Sweep, progress: Progress) -> None:
+    left = sweep.config.remeasurements - len(sweep.ledger.remeasured())
+    after_search.remeasure(sweep, left, progress)
+    after_search.report_split(sweep, progress)
+
+
+def _blame(sweep: Sweep, broken: BaseException) -> bool:
+    """After a broken run: marks the trial that ran out of host memory and issues the others again. False: culprit unknown."""
+    cause = broken.__cause__ if isinstance(broken.__cause__, OutOfMemoryError) else None
+    culprit = memory_culprit(str(cause))
+    in_flight = list(sweep.open.values())
+    found = False
+    for work in in_flight:
+        pids = {mark.get("pid") for mark in _whereabouts(sweep, work)}
+        if cause is not None and (culprit in pids or (culprit is None and len(in_flight) == 1)):
+            found = True
+            sweep.lost(work, "host_oom", f"killed by Ray's memory monitor: {cause}")
+        else:
+            sweep.again(work)
+    return found or cause is None
+
+
+def _whereabouts(sweep: Sweep, work: Work) -> list[dict[str, Any]]:
+    """Returns where the trials of ``work`` run, as far as they have started."""
+    marks = sweep.ledger.running()
+    return [marks[s.trial_id] for s in work.specs if s.trial_id in marks]
+
+
+def _tune(sweep: Sweep, lease: Lease, progress: Progress, runner: str, at_once: int) -> BaseException | None:
+    """One Tuner run; returns what broke it, or None."""
+    config = sweep.config
+    resources: dict[str, float] = {"cpu": config.resources.cpus, "gpu": config.resources.gpus}
+    if config.resources.memory is not None:
+        resources["memory"] = config.resources.memory
+    searcher = SweepSearcher(sweep, runner)
+    supervisor = Supervisor(sweep, searcher, lease, progress)
+    with tempfile.TemporaryDirectory(prefix="vitpareto-tune-", ignore_cleanup_errors=True) as folder:
+        tuner = tune.Tuner(
+            tune.with_resources(TrialTrainable, resources),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                num_samples=-1,
+                max_concurrent_trials=at_once,
+                reuse_actors=config.resources.gpus == 0,
+            ),
+            run_config=tune.RunConfig(
+                name=config.name,
+                storage_path=folder,
+                callbacks=[supervisor],
+                failure_config=tune.FailureConfig(max_failures=0),
+                verbose=0,
+            ),
+        )
+        try:
+            tuner.fit()
+        except (RayError, tune.TuneError, RuntimeError) as error:
+            return error
+    return None
+
+
+class _NotPickled:
+    """Tune pickles its parts into a state that is never read here; what they hold stays in this process."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class SweepSearcher(_NotPickled, Searcher):
+    """Hands the sweep's work to Tune and takes back what its trials report."""
+
+    def __init__(self, sweep: Sweep, runner: str) -> None:
+        super().__init__(metric=None, mode=None)
+        self.sweep, self.runner = sweep, runner
+        self.works: dict[str, Work] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
+        """Returns the next work as a Tune config, None to wait, or FINISHED."""
+        work = self.sweep.next_work()
+        if work is not None:
+            self.works[trial_id] = work
+            return {"work": json.dumps(work.to_dict(self.runner))}
+        return str(self.FINISHED) if self.sweep.finished else None
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Takes the outcomes of a trial; a lost one is left to :meth:`Supervisor.on_trial_error`, which knows the cause."""
+        if not error and result is not None and "outcomes" in result:
+            self.sweep.ended(self.works.pop(trial_id), json.loads(result["outcomes"]))
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger has it."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: a sweep is rebuilt from the ledger."""
+
+
+class Supervisor(_NotPickled, tune.Callback):
+    """Classifies lost workers, keeps the lease, shows progress. Never raises into Tune's loop."""
+
+    def __init__(self, sweep: Sweep, searcher: SweepSearcher, lease: Lease, progress: Progress) -> None:
+        self.sweep, self.searcher, self.lease, self.progress = sweep, searcher, lease, progress
+        self._checked = self._drawn = time.monotonic()
+        self._rows = 0
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A worker is gone (a trial itself never raises): records why and lets the sweep decide about a retry."""
+        work = self.searcher.works.pop(trial.trial_id, None)
+        if work is None:
+            return
+        reason = loss_reason(trial)
+        self.sweep.lost(work, loss_class(reason, _whereabouts(self.sweep, work)), reason)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Every turn of Tune's loop."""
+        now = time.monotonic()
+        if now - self._checked > LEASE_CHECK_S:
+            self._checked = now
+            try:
+                self.lease.check()
+            except LeaseLost as error:
+                self.sweep.stopping = str(error)
+        self.progress.show(self.sweep)
+        if now - self._drawn > FRONTIER_S and len(self.sweep.rows) != self._rows and self.sweep.baseline is not None:
+            self._drawn, self._rows = now, len(self.sweep.rows)
+            try:
+                write_frontier(self.sweep)
+            except (OSError, LedgerError) as error:
+                log.warning("the frontier could not be written, the next one will be: %s", error)

@@ -1,0 +1,1 @@
+"""Numbers, units, intervals, recipes and tables as text for people and programs."""

@@ -1,0 +1,35 @@
+"""Constraints: parsed, judged, and of every metric."""
+
+import pytest
+
+from orchestrator.study.constraints import METRICS, Constraint, ConstraintError, derived, parse
+from orchestrator.study.load import load_study
+from tests.study_files import minimal
+from workers.trial import OBJECTIVES
+
+
+def test_constraints_are_parsed_and_judged() -> None:
+    assert load_study(minimal(constraints=["size_bytes<4e6"])).parsed_constraints() == (
+        Constraint("size_bytes", "<", 4e6),
+    )
+    limit = parse("top1_pct_drop <= 1")
+    metrics = derived({"top1_pct": 96.5, "size_bytes": 50.0}, {"top1_pct": 98.0, "size_bytes": 200.0})
+    assert metrics["top1_pct_drop"] == pytest.approx(1.5)
+    assert metrics["size_bytes_ratio"] == 0.25
+    assert limit.violation(metrics) == pytest.approx(0.5)
+    assert not limit.satisfied(metrics)
+    assert parse("size_bytes_ratio > 0.25").violation(metrics) > 0, "a strict bound met exactly is broken"
+    assert parse("size_bytes_ratio >= 0.25").violation(metrics) <= 0
+    assert parse("top1_pct >= 90").violation({"top1_pct": float("nan")}) == float("inf")
+
+
+@pytest.mark.parametrize("text", ["size_bytes", "size_bytes == 3", "size_bytes < x", "1 < size_bytes", "a < 1", ""])
+def test_other_texts_are_no_constraints(text: str) -> None:
+    with pytest.raises(ConstraintError):
+        parse(text)
+
+
+def test_every_metric_can_be_constrained() -> None:
+    assert set(OBJECTIVES) < set(METRICS)
+    for metric in METRICS:
+        assert parse(f"{metric} < -1.5e3") == Constraint(metric, "<", -1500.0)

@@ -1,0 +1,59 @@
+"""What is calculated once a study, whoever needs it first, and kept beside the baseline's artefact for everybody."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.inputs import Inputs
+from workers.node.deadline import Deadline
+from workers.node.lane import Lane
+from workers.node.lease import acquire
+from workers.node.storage import Storage
+from workers.tasks.batches import LabelledData
+
+BATCH = 32
+"""Images a batch."""
+
+
+@dataclass(frozen=True)
+class OnceAStudy:
+    """Makes a file of the study where it is absent; others wait for it meanwhile, and no trial pays for it.
+
+    Attributes:
+        folder: of the baseline's stage in ``storage``.
+        split: the training images; they come in one order, whatever the trial's seed.
+        lane: may be held shared by the caller, who lets a measurement go first while it waits.
+    """
+
+    storage: Storage
+    folder: str
+    split: LabelledData
+    device: torch.device
+    lane: Lane
+    deadline: Deadline
+
+    def __call__(self, name: str, make: Callable[[Callable[[], Iterator[tuple[Any, Tensor]]]], bytes]) -> bytes:
+        """Returns the file ``name``, which ``make`` gives from batches of (images, labels) if nobody has yet."""
+        path = f"{self.folder}/{name}"
+
+        def done() -> bool:
+            # The holder of the lease may wait for a measurement, and that for us.
+            self.lane.tick()
+            return self.storage.exists(path)
+
+        with self.deadline.paused():
+            lease = acquire(self.storage, f"{path}.leases", wait=done)
+            if lease is not None:
+                with lease:
+                    if not done():
+                        self.storage.put_atomic(path, make(self._batches))
+        return self.storage.read(path)
+
+    def _batches(self) -> Iterator[tuple[Tensor | Inputs, Tensor]]:
+        for _, images, labels in self.split.batches(BATCH, shuffle_seed=0, device=self.device):
+            yield images, labels

@@ -1,0 +1,1 @@
+"""Techniques that train a student with what a teacher knows."""

@@ -1,0 +1,1 @@
+"""Attention without an N by N map."""

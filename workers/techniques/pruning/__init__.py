@@ -1,0 +1,1 @@
+"""Techniques that remove heads, dimensions, channels and blocks for good."""

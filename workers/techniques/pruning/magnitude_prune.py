@@ -1,0 +1,212 @@
+"""Structured magnitude pruning: removes the weakest heads, dimensions, channels and blocks of a ViT for good.
+
+Source: Han et al., arXiv 1506.02626 (magnitude); Fang et al., DepGraph, arXiv 2301.12900, section 3.3 (group L2 norm).
+Differs from the paper: each block loses the same share of heads, head dimensions and MLP dimensions, ranked within the
+block (head dimensions within the head); whole blocks are ranked by what they write into the residual stream; no sparsity
+training before the cut.
+The index selection is our own and not Torch-Pruning's: the groups of a ViT are known (a head is its rows of the fused
+qkv and its columns of proj), so no graph has to be traced, blocks that other techniques replaced do not matter, and the
+counts alone build the structure again on the meta device.
+Saves parameters, bytes, MACs and time; needs the recovery training (accuracy before it says nothing about after it).
+On a vision-language model it prunes the layers that see both modalities, ViLT's all and METER's fusion layers; the softmax keeps its
+scale there, and embed_ratio is 0. METER's encoders stay: a recipe can make them small with a quantiser.
+Not covered: norms over heads or MLP dimensions (timm's scale_attn_norm, scale_mlp_norm), gated MLPs; head dimensions of
+models that normalise queries and keys; channels of models that pool by attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from workers.techniques.pruning import shared_joint_slicing
+from workers.techniques.pruning.shared_slicing import (
+    HEADS_NORMALISED,
+    block_magnitude,
+    channel_magnitudes,
+    dimensions,
+    head_dim_sums,
+    head_magnitudes,
+    hidden_magnitudes,
+    keep_blocks,
+    keep_channels,
+    keep_head_dims,
+    keep_heads,
+    keep_hidden,
+    largest,
+    multiple,
+    require_plain,
+    require_plain_heads,
+    require_plain_stream,
+    shrink_to,
+    stack_weights,
+)
+from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, choice, number
+
+
+@dataclass(frozen=True)
+class Config:
+    """The share of heads, of dimensions of each kind and of blocks that the model loses."""
+
+    head_ratio: float = number(0.25, 0.0, 0.6, 0.05, search=(0.0, 0.6, 0.1), doc="share of heads to remove")
+    mlp_ratio: float = number(0.25, 0.0, 0.6, 0.05, search=(0.0, 0.6, 0.1), doc="share of MLP dimensions to remove")
+    head_dim_ratio: float = number(
+        0.0, 0.0, 0.6, 0.05, search=(0.0, 0.0, 0.05), doc="share of the dimensions of each head to remove"
+    )
+    embed_ratio: float = number(
+        0.0, 0.0, 0.6, 0.05, search=(0.0, 0.0, 0.05), doc="share of the channels of the residual stream to remove"
+    )
+    depth_ratio: float = number(0.0, 0.0, 0.6, 0.05, search=(0.0, 0.0, 0.05), doc="share of blocks to remove")
+    round_to: int = choice(8, (1, 4, 8, 16), search=(8,), doc="dimensions and channels left are a multiple of this")
+
+
+def kept_whole(count: int, ratio: float) -> int:
+    """Returns how many of ``count`` heads or blocks stay: the nearest number, at least one."""
+    return max(1, round(count * (1 - ratio)))
+
+
+def kept_dims(count: int, ratio: float, round_to: int) -> int:
+    """Returns how many of ``count`` dimensions stay: the nearest multiple of round_to, at least one multiple."""
+    return multiple(count * (1 - ratio), round_to, count) if ratio else count
+
+
+# --- facts ------------------------------------------------------------------------------------------------------------
+
+
+def _after(info: ModelInfo, config: Config) -> ModelInfo:
+    layers = kept_whole(info.depth, config.depth_ratio)
+    after = replace(
+        info,
+        depth=layers,
+        embed_dim=kept_dims(info.embed_dim, config.embed_ratio, config.round_to),
+        head_dim=kept_dims(info.head_dim, config.head_dim_ratio, config.round_to),
+        num_heads=tuple(kept_whole(n, config.head_ratio) for n in info.num_heads[:layers]),
+        mlp_hidden=tuple(kept_dims(n, config.mlp_ratio, config.round_to) for n in info.mlp_hidden[:layers]),
+    )
+    return replace(after, params=info.params - _weights(info) + _weights(after))
+
+
+def _weights(info: ModelInfo) -> int:
+    """Returns the weights of a plain ViT of these dimensions; of another model they differ by a constant."""
+    positions = info.num_tokens + info.num_prefix_tokens
+    heads_of_classes = info.num_classes * (1 + info.has_distil_token)
+    return stack_weights(info) + info.embed_dim * (
+        info.patch_size**2 * info.in_chans + 1 + positions + 2 + heads_of_classes
+    )
+
+
+def _check(info: ModelInfo, config: Config) -> str | None:
+    if config.head_dim_ratio and info.has_qk_norm:
+        return f"head_dim_ratio={config.head_dim_ratio:g}: {HEADS_NORMALISED}; must be 0"
+    if config.embed_ratio and info.family != "timm":
+        return (
+            f"embed_ratio={config.embed_ratio:g}: the channels of {info.family} are read by its embeddings, encoders and "
+            "poolers, which are not pruned; must be 0"
+        )
+    after = _after(info, config)
+    if astuple(replace(after, params=0)) == astuple(replace(info, params=0)):
+        ratios = ", ".join(f"{name}={value:g}" for name, value in vars(config).items() if name != "round_to")
+        return (
+            f"{ratios} (round_to={config.round_to}) remove nothing from {max(info.num_heads)} heads of {info.head_dim} "
+            f"and {max(info.mlp_hidden)} MLP dimensions a block, {info.embed_dim} channels and {info.depth} blocks"
+        )
+    return None
+
+
+# --- the cut ----------------------------------------------------------------------------------------------------------
+
+
+def _prune_block(block: Any, config: Config) -> list[str]:
+    """Cuts one block; returns which of its parts changed."""
+    attn, mlp, changed = block.attn, block.mlp, []
+    heads = kept_whole(attn.num_heads, config.head_ratio)
+    dims = kept_dims(attn.head_dim, config.head_dim_ratio, config.round_to)
+    hidden = kept_dims(mlp.fc1.out_features, config.mlp_ratio, config.round_to)
+    if heads < attn.num_heads or dims < attn.head_dim:
+        changed.append("attn")
+    if heads < attn.num_heads:
+        keep_heads(attn, largest(head_magnitudes(attn), heads))
+    if dims < attn.head_dim:
+        qk, v = head_dim_sums(attn)
+        keep_head_dims(attn, largest(qk, dims), largest(v, dims))
+    if hidden < mlp.fc1.out_features:
+        keep_hidden(mlp, largest(hidden_magnitudes(mlp), hidden))
+        changed.append("mlp")
+    return changed
+
+
+def _prune_joint(model: nn.Module, config: Config) -> Applied:
+    """Prunes the layers of a vision-language model that see both modalities."""
+    parts: Any = model
+    changed = []
+    strengths = torch.tensor([shared_joint_slicing.layer_magnitude(layer) for layer in parts.layers])
+    kept: list[int] = largest(strengths, kept_whole(len(strengths), config.depth_ratio)).tolist()
+    if len(kept) < len(strengths):
+        shared_joint_slicing.keep_layers(model, kept)
+        changed.append("layers")
+    for i, layer in enumerate(parts.layers):
+        for name, block in shared_joint_slicing.attentions(layer):
+            heads = kept_whole(block.attention.num_heads, config.head_ratio)
+            dims = kept_dims(block.attention.head_dim, config.head_dim_ratio, config.round_to)
+            if shared_joint_slicing.cut_attention(block, heads, dims):
+                changed.append(f"layers.{i}.{name}")
+        for name, block in shared_joint_slicing.mlps(layer):
+            hidden = kept_dims(block.intermediate.dense.out_features, config.mlp_ratio, config.round_to)
+            if shared_joint_slicing.cut_mlp(block, hidden):
+                changed.append(".".join(filter(None, ("layers", str(i), name, "intermediate"))))
+    return Applied(model, {"layers": kept, **shared_joint_slicing.dimensions(model)}, changed)
+
+
+def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+    if shared_joint_slicing.joint_family(model):
+        return _prune_joint(model, config)
+    require_plain(model, "magnitude_prune")
+    if config.head_dim_ratio:
+        require_plain_heads(model, "magnitude_prune")
+    if config.embed_ratio:
+        require_plain_stream(model, "magnitude_prune")
+    vit: Any = model
+    changed = []
+    blocks = torch.tensor([block_magnitude(block) for block in vit.blocks])
+    layers = kept_whole(len(blocks), config.depth_ratio)
+    channels = kept_dims(vit.embed_dim, config.embed_ratio, config.round_to)
+    kept: list[int] = largest(blocks, layers).tolist()
+    if layers < len(blocks):
+        keep_blocks(vit, kept)
+        changed.append("blocks")
+    strengths = channel_magnitudes(vit)
+    for i, block in enumerate(vit.blocks):
+        changed += [f"blocks.{i}.{part}" for part in _prune_block(block, config)]
+    if channels < vit.embed_dim:
+        keep_channels(vit, largest(strengths, channels))
+        changed.append("patch_embed")
+    return Applied(model, {**dimensions(model), "blocks": kept}, changed)
+
+
+def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
+    return shared_joint_slicing.shrink_to(model, resolved) if "layers" in resolved else shrink_to(model, resolved)
+
+
+def _trains(config: Config) -> bool:
+    return any(value > 0 for name, value in vars(config).items() if name.endswith("_ratio"))
+
+
+TECHNIQUE = Technique(
+    name="magnitude_prune",
+    family="pruning",
+    version=2,
+    Config=Config,
+    stage="surgery",
+    apply=_apply,
+    rebuild=_rebuild,
+    check=_check,
+    identity={"head_ratio": 0.0, "mlp_ratio": 0.0},
+    trains=_trains,
+    info_after=_after,
+    models=("timm", "vilt", "meter"),
+    source="DepGraph, arXiv 2301.12900, section 3.3; magnitudes after arXiv 1506.02626",
+)

@@ -1,0 +1,1 @@
+"""Techniques that store and multiply numbers of fewer bits: half precision and quantisation."""

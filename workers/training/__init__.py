@@ -1,0 +1,1 @@
+"""Training: the baseline's, and the joint recovery of a recipe."""
