@@ -60,9 +60,11 @@ def test_which_of_two_is_better_has_jeffreys_prior(only_first, only_second, tota
     )  # 64 pseudo-images, not infinite
 
 
-def test_equal_predictions_have_equal_draws_wherever_they_stand():
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize("images", [301, 9001])
+def test_equal_predictions_have_equal_draws_wherever_they_stand(seeds, images):
     rng = np.random.default_rng(0)
-    rows = (rng.random((30, 301)) < 0.9).astype(np.float32)
+    rows = (rng.random((seeds, 30, images)) < 0.9).mean(axis=0).astype(np.float32)
     rows[[4, 11, 29]] = rows[0]
     drawn = bootstrapped(rows)
     assert (drawn[[4, 11, 29]] == drawn[0]).all()
