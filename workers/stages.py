@@ -167,16 +167,15 @@ class Workbench:
     def surroundings(self) -> Surroundings:
         """What a technique may use: training images, the teacher, a seeded generator."""
 
-        def batches() -> Iterator[tuple[Tensor | Inputs, Tensor]]:
-            for _, inputs, targets in self.task.train.batches(64, shuffle_seed=self.seed, device=self.device):
+        def batches(count: int, seed: int) -> Iterator[tuple[Tensor | Inputs, Tensor]]:
+            for _, inputs, targets in self.task.train.batches(count, shuffle_seed=seed, device=self.device):
                 yield inputs, targets
 
         generator = torch.Generator().manual_seed(self.seed)
-        once = OnceAStudy(
-            self.storage, prefix(self.baseline_key), self.task.train, self.device, self.lane, self.deadline
-        )
+        of_study, of_trial = partial(batches, 32, 0), partial(batches, 64, self.seed)
+        once = OnceAStudy(self.storage, prefix(self.baseline_key), of_study, self.lane, self.deadline)
         teacher = partial(self.load, self.baseline_key)
-        return Surroundings(self.device, self.seed, generator, batches, teacher, self.tick, once)
+        return Surroundings(self.device, self.seed, generator, of_trial, teacher, self.tick, once)
 
     def checkpoints(self, stage: Stage) -> Checkpoints:
         """The states of a stage's training, which whoever runs the stage again goes on from."""

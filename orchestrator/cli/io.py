@@ -99,11 +99,17 @@ def say(line: str) -> None:
 
 def write_table(table: pa.Table, format_: Format) -> None:
     """Writes rows to stdout; Parquet never to a terminal."""
+    from orchestrator.ledger import parquet_bytes  # pyarrow, which `vitpareto --help` need not wait for
     from orchestrator.words.rows import format_rows
 
-    if format_ is Format.parquet and sys.stdout.isatty():
+    if format_ is not Format.parquet:
+        format_rows(table, format_.value, sys.stdout)
+        return
+    if sys.stdout.isatty():
         raise UsageError("--format parquet: must not go to a terminal; redirect it to a file")
-    format_rows(table, format_.value, sys.stdout)
+    sys.stdout.flush()
+    sys.stdout.buffer.write(parquet_bytes(table))
+    sys.stdout.buffer.flush()
 
 
 def write_dicts(rows: list[dict[str, Any]], format_: Format) -> None:

@@ -10,14 +10,10 @@ import zipfile
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from orchestrator.study.yaml_lines import ABSENT, Fault, nearest
 from workers.measuring.protocols import SEEDS
 from workers.trial import OBJECTIVES
-
-if TYPE_CHECKING:
-    from orchestrator.study.schema import SamplerSection
 
 _PLAIN_VITS = ("vision_transformer", "deit")
 """Modules of timm that hold them."""
@@ -145,19 +141,6 @@ def training_faults(training: object, data: object) -> list[Fault]:
         for name, part in parts.items()
         if isinstance(part, Mapping) and part.get("augment") == "randaugment"
     ]
-
-
-def sampler_faults(sampler: SamplerSection) -> list[Fault]:
-    """Judges the keyword arguments that go to the sampler, by making it."""
-    if not sampler.options:
-        return []
-    from orchestrator.sweep.searcher import make_sampler
-
-    try:
-        make_sampler(sampler)
-    except ValueError as error:
-        return [Fault("sampler.options", "must be arguments of the sampler", sampler.options, str(error))]
-    return []
 
 
 def resource_faults(device: object, resources: object) -> list[Fault]:

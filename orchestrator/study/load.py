@@ -15,12 +15,13 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from orchestrator.study import faults as judge
 from orchestrator.study import scalars, tasks, techniques
+from orchestrator.study.sampler import sampler_faults
 from orchestrator.study.schema import StudyConfig, model_info
 from orchestrator.study.yaml_lines import ABSENT, MAX_BYTES, Fault, StudyError, nearest, path_text, read, with_lines
 from workers.measuring.peak_memory import MIN_CPU_BYTES
 
 if TYPE_CHECKING:
-    from workers.techniques.record import ModelInfo
+    from workers.model_info import ModelInfo
 
 __all__ = [
     "Fault",
@@ -203,7 +204,7 @@ def _checked(
         *judge.resource_faults(values.get("device"), values.get("resources")),
     ]
     if study is not None:
-        found += [*judge.sampler_faults(study.sampler), *judge.seed_faults(study.seeds, study.measurement.protocol)]
+        found += [*sampler_faults(study.sampler), *judge.seed_faults(study.seeds, study.measurement.protocol)]
     if found or study is None:
         raise StudyError(source, with_lines(_in_file_order(found, lines or {}), lines or {}))
     return study.model_copy(update={"techniques": resolved, "recipes": recipes})

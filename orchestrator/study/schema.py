@@ -17,6 +17,7 @@ from pydantic import (
 
 from orchestrator.study.constraints import Constraint, parse
 from orchestrator.study.data import VISION_LANGUAGE_KEYS, DataSection, Section
+from orchestrator.study.sampler import SamplerSection
 from orchestrator.study.scalars import (
     Duration,
     Natural,
@@ -28,7 +29,6 @@ from orchestrator.study.scalars import (
     directions,
     distinct,
     empty_for_null,
-    sampler_name,
     size_bytes,
     study_name,
 )
@@ -36,7 +36,7 @@ from workers.measuring.protocols import PROTOCOLS, SEEDS
 from workers.trial import Context, Recipe, Step
 
 if TYPE_CHECKING:
-    from workers.techniques.record import ModelInfo
+    from workers.model_info import ModelInfo
 
 VISION_LANGUAGE = ("vilt", "meter")
 """Families of models that see images with texts."""
@@ -183,16 +183,6 @@ class BaselineSettings(RecoverySettings):
 class TrainingSection(Section):
     baseline: BaselineSettings = BaselineSettings()
     recovery: RecoverySettings = RecoverySettings()
-
-
-class SamplerSection(Section):
-    """``options`` go to the sampler as keyword arguments."""
-
-    name: Annotated[str, AfterValidator(sampler_name)] = "tpe"
-    seed: Natural = 0
-    n_startup_trials: Positive = 10
-    population_size: Annotated[int, Field(ge=2)] = 50
-    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class ResourcesSection(Section):

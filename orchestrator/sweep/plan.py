@@ -17,7 +17,7 @@ from orchestrator.words.units import format_seconds, format_value
 from workers.node.storage import Storage
 
 if TYPE_CHECKING:
-    from workers.techniques.record import ModelInfo
+    from workers.model_info import ModelInfo
 
 
 def describe_plan(config: StudyConfig, storage: str) -> Iterator[str]:

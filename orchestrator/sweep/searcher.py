@@ -27,8 +27,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from orchestrator.study.constraints import Constraint
+from orchestrator.study.sampler import SamplerSection
 from orchestrator.study.scalars import SAMPLER_GROUP
-from orchestrator.study.schema import SamplerSection
 from orchestrator.study.space import SearchSpace
 from workers.trial import INFRASTRUCTURE, Recipe
 

@@ -22,7 +22,7 @@ from orchestrator.study.schema import StudyConfig
 from orchestrator.study.space import SearchSpace
 from orchestrator.sweep.searcher import Proposer, make_sampler
 from orchestrator.words.labels import short_label
-from workers.techniques.record import ModelInfo
+from workers.model_info import ModelInfo
 from workers.trial import INFRASTRUCTURE, Context, Recipe, TrialResult, TrialSpec, trial_id
 
 RUNNER = "workers.run:run_trial"

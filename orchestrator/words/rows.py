@@ -1,4 +1,4 @@
-"""Prints a table of rows: for people, or as JSON, CSV or Parquet for programs."""
+"""Prints a table of rows: for people, or as JSON or CSV for programs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 from orchestrator.words.units import format_value, unit_of
 from workers.trial import OBJECTIVES
 
-FORMATS = ("table", "json", "csv", "parquet")
+FORMATS = ("table", "json", "csv")
 
 _WIDTH = 60
 """Characters of a long text that the table for people shows; labels are shown whole."""
@@ -27,8 +27,7 @@ def format_rows(table: pa.Table, fmt: str, out: TextIO | None = None) -> None:
 
     Args:
         fmt: ``table`` (sizes in kB or MB, times with unit), ``json`` (one array of objects; NaN is null, times are ISO
-            8601 in UTC), ``csv`` (with a header; null is empty, lists are JSON) or ``parquet`` (bytes, to
-            ``out.buffer``).
+            8601 in UTC) or ``csv`` (with a header; null is empty, lists are JSON).
 
     Raises:
         ValueError: for another format.
@@ -40,12 +39,6 @@ def format_rows(table: pa.Table, fmt: str, out: TextIO | None = None) -> None:
         _write_csv(table, out)
     elif fmt == "table":
         _write_table(table, out)
-    elif fmt == "parquet":
-        from orchestrator.ledger import parquet_bytes
-
-        out.flush()
-        out.buffer.write(parquet_bytes(table))
-        out.buffer.flush()
     else:
         raise ValueError(f"format: must be one of {', '.join(FORMATS)}, got {fmt!r}")
 

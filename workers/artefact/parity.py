@@ -19,8 +19,6 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +27,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from workers.node.conditions import device_name
+from workers.node.conditions import cpu_flags, device_name, first_cpu
 from workers.trial import canonical_json, digest
 
 BATCHES = (16, 5)
@@ -51,8 +49,6 @@ ATOMIC = frozenset({"scatter_add", "scatter_reduce", "index_add", "index_reduce"
 
 _CPU_FIELDS = ("vendor_id", "cpu family", "model", "stepping", "cache size", "CPU implementer", "CPU part")
 """Lines of /proc/cpuinfo by which oneDNN and MKL choose kernels and block sizes, besides the vector instructions."""
-
-_VECTOR_FLAGS = ("sse", "avx", "amx", "fma", "f16c", "asimd", "sve", "bf16", "i8mm", "fphp")
 
 _ENVIRONMENT = ("ATEN_", "CUBLAS", "CUDNN_", "DNNL_", "MKL_", "NVIDIA_TF32", "ONEDNN_", "TORCH_BLAS")
 """Starts of environment variables that hold libraries to other kernels."""
@@ -213,26 +209,9 @@ def kernel_conditions(device: torch.device) -> dict[str, Any]:
     }
 
 
-def cpu_flags() -> list[str]:
-    """Returns the vector instructions that the CPU states, by which libraries choose kernels; [] where unknown."""
-    lines = _cpu_lines()
-    stated = (lines.get("flags") or lines.get("Features") or "").split()
-    return sorted(flag for flag in stated if flag.startswith(_VECTOR_FLAGS))
-
-
 def _cpu() -> dict[str, Any]:
-    lines = _cpu_lines()
+    lines = first_cpu()
     return {k: lines[k] for k in _CPU_FIELDS if k in lines} | {"machine": platform.machine(), "flags": cpu_flags()}
-
-
-@cache
-def _cpu_lines() -> dict[str, str]:
-    """Returns the lines of the first processor in /proc/cpuinfo; {} where there is none."""
-    try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
-    except OSError:
-        return {}
-    return {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in first.splitlines())}
 
 
 def _kept_conditions(data: bytes) -> dict[str, Any]:

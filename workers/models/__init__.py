@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from workers.model_info import ModelInfo
 from workers.models import local_weights, releases
 from workers.models.timm_vit import ModelError
-from workers.techniques.record import ModelInfo
 
 if TYPE_CHECKING:
     from workers.tasks import TaskInfo

@@ -18,7 +18,7 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from workers.techniques.record import ModelInfo
+from workers.model_info import ModelInfo
 
 if TYPE_CHECKING:
     from workers.tasks import TaskInfo

@@ -24,9 +24,9 @@ from torch.nn import functional
 from transformers import ViltConfig
 from transformers.models.vilt import modeling_vilt
 
+from workers.model_info import ModelInfo
 from workers.models import vision_language as vl
 from workers.models.timm_vit import ModelError
-from workers.techniques.record import ModelInfo
 
 _parts: Any = modeling_vilt  # its constructors are not typed
 

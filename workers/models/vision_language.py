@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from workers.inputs import Inputs
+from workers.model_info import ModelInfo
 from workers.models.timm_vit import ModelError
-from workers.techniques.record import ModelInfo
 
 if TYPE_CHECKING:
     from workers.tasks import TaskInfo

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_VECTOR_FLAGS = ("sse", "avx", "amx", "fma", "f16c", "asimd", "sve", "bf16", "i8mm", "fphp")
+
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
@@ -42,15 +44,29 @@ def device_name(device: torch.device) -> str:
 
 @cache
 def _cpu_name() -> str:
-    return next(_cpu_lines("model name"), "") or platform.processor() or platform.machine()
+    return first_cpu().get("model name") or platform.processor() or platform.machine()
 
 
-def _cpu_lines(field: str) -> Iterator[str]:
+def cpu_flags() -> list[str]:
+    """Returns the vector instructions that the CPU states, by which libraries choose kernels; [] where unknown."""
+    lines = first_cpu()
+    stated = (lines.get("flags") or lines.get("Features") or "").split()
+    return sorted(flag for flag in stated if flag.startswith(_VECTOR_FLAGS))
+
+
+@cache
+def first_cpu() -> dict[str, str]:
+    """Returns the lines of the first processor in /proc/cpuinfo; {} where there is none."""
+    return next(_cpus(), {})
+
+
+def _cpus() -> Iterator[dict[str, str]]:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processors = Path("/proc/cpuinfo").read_text().strip().split("\n\n")
     except OSError:
-        return iter(())
-    return (line.split(":", 1)[1].strip() for line in lines if line.startswith(field))
+        return
+    for lines in processors:
+        yield {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines.splitlines())}
 
 
 @cache
@@ -69,7 +85,7 @@ def clock_mhz(device: torch.device) -> float | None:
     A virtual machine may show a constant that is not its host's clock.
     """
     if device.type == "cpu":
-        cores = [float(text) for text in _cpu_lines("cpu MHz")]
+        cores = [float(lines["cpu MHz"]) for lines in _cpus() if "cpu MHz" in lines]
         return sum(cores) / len(cores) if cores else None
     if shutil.which("nvidia-smi") is None:
         return None

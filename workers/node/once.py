@@ -6,18 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from workers.inputs import Inputs
 from workers.node.deadline import Deadline
 from workers.node.lane import Lane
 from workers.node.lease import acquire
 from workers.node.storage import Storage
-from workers.tasks.batches import LabelledData
-
-BATCH = 32
-"""Images a batch."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +20,13 @@ class OnceAStudy:
 
     Attributes:
         folder: of the baseline's stage in ``storage``.
-        split: the training images; they come in one order, whatever the trial's seed.
+        batches: yields (images, labels) of training, in one order whatever the trial's seed.
         lane: may be held shared by the caller, who lets a measurement go first while it waits.
     """
 
     storage: Storage
     folder: str
-    split: LabelledData
-    device: torch.device
+    batches: Callable[[], Iterator[tuple[Any, Tensor]]]
     lane: Lane
     deadline: Deadline
 
@@ -51,9 +44,5 @@ class OnceAStudy:
             if lease is not None:
                 with lease:
                     if not done():
-                        self.storage.put_atomic(path, make(self._batches))
+                        self.storage.put_atomic(path, make(self.batches))
         return self.storage.read(path)
-
-    def _batches(self) -> Iterator[tuple[Tensor | Inputs, Tensor]]:
-        for _, images, labels in self.split.batches(BATCH, shuffle_seed=0, device=self.device):
-            yield images, labels

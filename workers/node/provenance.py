@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from workers.artefact.parity import cpu_flags
-from workers.node.conditions import device_name, driver
+from workers.node.conditions import cpu_flags, device_name, driver
 from workers.trial import TrialSpec
 
 PACKAGES = ("vitpareto", "torch", "torchvision", "timm", "transformers", "torchao", "numpy", "safetensors")

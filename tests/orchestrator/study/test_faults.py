@@ -109,7 +109,22 @@ def test_every_fault_of_a_file_is_reported_at_once(tmp_path: Path) -> None:
         ({"data": {"kind": "imagefolder", "path": "/nowhere"}}, "data.path", "must exist"),
         ({"trials": "16"}, "trials", "must be a valid integer"),
         ({"model": {"name": "resnet18"}}, "model.name", "must be a plain vision transformer"),
-        ({"sampler": {"options": {"nonsense": 1}}}, "sampler.options", "must be arguments of the sampler"),
+        ({"sampler": {"options": {"nonsense": 1}}}, "sampler.options.nonsense", "must be an argument of the sampler"),
+        (
+            {"sampler": {"options": {"n_ei_candidates": 0}}},
+            "sampler.options.n_ei_candidates",
+            "must be greater than or equal to 1",
+        ),
+        (
+            {"sampler": {"name": "nsga2", "options": {"mutation_prob": 2.0}}},
+            "sampler.options.mutation_prob",
+            "must be less than or equal to 1",
+        ),
+        (
+            {"sampler": {"name": "random", "options": {"group": True}}},
+            "sampler.options.group",
+            "must be an argument of the sampler",
+        ),
         ({"trails": 16}, "trails", "must be a known key"),
         ({"seeds": []}, "seeds", "must have at least 1 item"),
         ({"recipes": [[]]}, "recipes[0]", "must have at least 1 item"),

@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 
 from orchestrator.ledger import Ledger, attempt_row
 from orchestrator.study.constraints import parse
-from orchestrator.study.schema import SamplerSection
+from orchestrator.study.sampler import SamplerSection
 from orchestrator.study.space import SearchSpace
 from orchestrator.sweep.dashboard import JOURNAL, leave_journal
 from orchestrator.sweep.searcher import Proposer, make_sampler

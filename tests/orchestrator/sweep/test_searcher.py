@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 from typing import Any
 
 import pytest
+from optuna import samplers
+from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from orchestrator.study.constraints import parse
-from orchestrator.study.schema import SamplerSection
+from orchestrator.study.sampler import OPTIONS, SamplerSection
 from orchestrator.study.space import SearchSpace
 from orchestrator.sweep.searcher import Proposal, Proposer, make_sampler
 from tests.orchestrator.study.test_space import TECHNIQUES
@@ -162,3 +165,14 @@ def test_constraints_are_told_with_the_values(size: float, violation: float) -> 
     trial = made.study.trials[0]
     assert trial.state == TrialState.COMPLETE
     assert trial.constraints == {"size_bytes < 100": violation}
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler"),
+    [("tpe", samplers.TPESampler), ("nsga2", samplers.NSGAIISampler), ("random", samplers.RandomSampler)],
+)
+def test_a_study_may_name_the_arguments_that_optuna_s_samplers_take(name: str, sampler: type[BaseSampler]) -> None:
+    taken = inspect.signature(sampler).parameters
+    objects = ("Callable", "BaseMutation", "BaseCrossover")  # what no file can hold
+    expected = {n for n, p in taken.items() if not any(kind in str(p.annotation) for kind in objects)}
+    assert set(OPTIONS[name].model_fields) == expected

@@ -11,22 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from orchestrator.cli.io import Format, write_table
 from orchestrator.frontier.query import pareto, sql
 from orchestrator.words.rows import FORMATS, format_rows, human
 from tests.orchestrator.frontier import test_query
 
 BOTH = test_query.BOTH
 ledger = test_query.ledger
-
-
-class Binary(io.TextIOWrapper):
-    def __init__(self) -> None:
-        super().__init__(io.BytesIO(), encoding="utf-8")
-
-    @property
-    def content(self) -> bytes:
-        self.flush()
-        return self.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 def printed(table: pa.Table, fmt: str) -> str:
@@ -61,10 +52,9 @@ def test_csv_reads_back(ledger):
     assert printed(pa.table({"l": [[1, 2]]}), "csv") == 'l\n"[1, 2]"\n'
 
 
-def test_parquet_goes_out_as_bytes(ledger):
-    out = Binary()
-    format_rows(ledger.trials(), "parquet", out)
-    assert pq.read_table(io.BytesIO(out.content)).equals(ledger.trials())
+def test_parquet_goes_out_as_bytes(ledger, capsysbinary):
+    write_table(ledger.trials(), Format.parquet)
+    assert pq.read_table(io.BytesIO(capsysbinary.readouterr().out)).equals(ledger.trials())
 
 
 def test_table_speaks_units(ledger):
@@ -95,6 +85,6 @@ def test_units(name, value, text):
 
 
 def test_unknown_format(ledger):
-    with pytest.raises(ValueError, match="table, json, csv, parquet"):
+    with pytest.raises(ValueError, match="table, json, csv"):
         format_rows(ledger.trials(), "xml", io.StringIO())
     assert FORMATS[0] == "table"
