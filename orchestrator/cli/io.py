@@ -15,6 +15,8 @@ import typer
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from orchestrator.ledger import Ledger
+
 
 class Format(enum.StrEnum):
     """How rows come out."""
@@ -92,6 +94,14 @@ def _text(error: Exception) -> str:
 def say(line: str) -> None:
     """Writes a line to stderr."""
     print(f"vitpareto: {line}", file=sys.stderr)
+
+
+def open_study(name: str, storage: str) -> tuple[Ledger, dict[str, Any]]:
+    """Returns a study's ledger and its stored record."""
+    from orchestrator.ledger.studies import open_ledger
+
+    ledger = open_ledger(name, storage)
+    return ledger, ledger.study_record() or {}
 
 
 # --- rows and durations -----------------------------------------------------------------------------------------------

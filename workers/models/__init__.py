@@ -30,6 +30,7 @@ __all__ = [
     "build",
     "checkpoint_digest",
     "describe",
+    "family_of",
     "load_checkpoint_",
     "model_info",
     "skeleton",
@@ -118,9 +119,14 @@ def build(model: Mapping[str, Any], data: TaskInfo, *, device: str = "cpu", coun
     return module.to(device)
 
 
+def family_of(module: nn.Module) -> str:
+    """Returns the family of a model, a key of :data:`FAMILIES`."""
+    return str(getattr(module, "family", "timm"))
+
+
 def model_info(module: nn.Module, device: str = "cpu") -> ModelInfo:
     """Returns the facts that techniques judge by, read from the module itself, so that they hold after pruning."""
-    return _family(getattr(module, "family", "timm")).model_info(module, device)  # type: ignore[no-any-return]
+    return _family(family_of(module)).model_info(module, device)  # type: ignore[no-any-return]
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -162,7 +168,7 @@ def load_checkpoint_(
             module is then unchanged.
     """
     weights = local_weights.read_tensors(path)
-    release = _release(getattr(module, "family", "timm"))
+    release = _release(family_of(module))
     if release is not None and any(name.startswith(release.PREFIX) for name in weights):
         task = module.task
         if counted_answers and task == "vqa" and not fresh_head:

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workers.models import ModelError
+from workers.techniques.backbones import by_backbone
 from workers.techniques.distillation.distill_students import (
-    anew,
     named,
     named_info,
     shrink,
@@ -34,7 +34,6 @@ from workers.techniques.distillation.distill_students import (
     student_layers,
     with_token,
 )
-from workers.techniques.pruning import shared_joint_slicing
 from workers.techniques.pruning.shared_slicing import require_plain, stack_weights
 from workers.techniques.record import Applied, LossInputs, LossTerm, ModelInfo, Surroundings, Technique, choice, number
 
@@ -182,34 +181,7 @@ def _check(info: ModelInfo, config: Config) -> str | None:
     return None
 
 
-def _joint_student(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
-    """A student of a vision-language model."""
-    parts: Any = model
-    attention, mlp = (
-        find(parts.layers[0])[0][1] for find in (shared_joint_slicing.attentions, shared_joint_slicing.mlps)
-    )
-    layers = student_layers(len(parts.layers), config.depth)
-    heads = max(1, int(attention.attention.num_heads * config.width))
-    hidden = mlp.intermediate.dense.out_features * heads // attention.attention.num_heads
-    student: Any = model
-    changed = ["loss"]
-    if config.width < 1 or config.depth < 1 or config.init == "random":
-        student = anew(model, surroundings.generator) if config.init == "random" else copy.deepcopy(model)
-        changed += ["layers"] if config.width < 1 or config.depth < 1 else []
-        changed += ["init"] if config.init == "random" else []
-    shared_joint_slicing.keep_layers(student, layers)
-    for layer in student.layers:
-        for _, block in shared_joint_slicing.attentions(layer):
-            shared_joint_slicing.cut_attention(block, heads, block.attention.head_dim)
-        for _, block in shared_joint_slicing.mlps(layer):
-            shared_joint_slicing.cut_mlp(block, hidden)
-    resolved = {"architecture": BASELINE, "token": False, "layers": layers, **shared_joint_slicing.dimensions(student)}
-    return Applied(student, resolved, changed)
-
-
 def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
-    if shared_joint_slicing.joint_family(model):
-        return _joint_student(model, config, surroundings)
     vit: Any = model
     student: Any = vit
     changed = ["loss"]
@@ -249,8 +221,6 @@ def _another(vit: Any, config: Config, surroundings: Surroundings) -> nn.Module:
 
 
 def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
-    if shared_joint_slicing.joint_family(model):
-        return shared_joint_slicing.shrink_to(model, resolved)
     vit: Any = model
     if resolved["architecture"] != BASELINE:
         device = str(vit.patch_embed.proj.weight.device)
@@ -267,14 +237,16 @@ def _always(config: Config) -> bool:
     return True
 
 
+HALVES = dict.fromkeys(("vilt", "meter"), "workers.techniques.distillation.distill_joint")
+
 TECHNIQUE = Technique(
     name="distill",
     family="distillation",
     version=2,
     Config=Config,
     stage="surgery",
-    apply=_apply,
-    rebuild=_rebuild,
+    apply=by_backbone(_apply, HALVES),
+    rebuild=by_backbone(_rebuild, HALVES),
     check=_check,
     identity={"depth": 1.0, "width": 1.0, "init": "from_teacher"},
     trains=_always,

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from workers.techniques.pruning import shared_joint_slicing
+from workers.techniques.backbones import by_backbone
 from workers.techniques.pruning.shared_slicing import (
     HEADS_NORMALISED,
     block_magnitude,
@@ -139,31 +139,7 @@ def _prune_block(block: Any, config: Config) -> list[str]:
     return changed
 
 
-def _prune_joint(model: nn.Module, config: Config) -> Applied:
-    """Prunes the layers of a vision-language model that see both modalities."""
-    parts: Any = model
-    changed = []
-    strengths = torch.tensor([shared_joint_slicing.layer_magnitude(layer) for layer in parts.layers])
-    kept: list[int] = largest(strengths, kept_whole(len(strengths), config.depth_ratio)).tolist()
-    if len(kept) < len(strengths):
-        shared_joint_slicing.keep_layers(model, kept)
-        changed.append("layers")
-    for i, layer in enumerate(parts.layers):
-        for name, block in shared_joint_slicing.attentions(layer):
-            heads = kept_whole(block.attention.num_heads, config.head_ratio)
-            dims = kept_dims(block.attention.head_dim, config.head_dim_ratio, config.round_to)
-            if shared_joint_slicing.cut_attention(block, heads, dims):
-                changed.append(f"layers.{i}.{name}")
-        for name, block in shared_joint_slicing.mlps(layer):
-            hidden = kept_dims(block.intermediate.dense.out_features, config.mlp_ratio, config.round_to)
-            if shared_joint_slicing.cut_mlp(block, hidden):
-                changed.append(".".join(filter(None, ("layers", str(i), name, "intermediate"))))
-    return Applied(model, {"layers": kept, **shared_joint_slicing.dimensions(model)}, changed)
-
-
 def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
-    if shared_joint_slicing.joint_family(model):
-        return _prune_joint(model, config)
     require_plain(model, "magnitude_prune")
     if config.head_dim_ratio:
         require_plain_heads(model, "magnitude_prune")
@@ -188,12 +164,14 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
 
 
 def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
-    return shared_joint_slicing.shrink_to(model, resolved) if "layers" in resolved else shrink_to(model, resolved)
+    return shrink_to(model, resolved)
 
 
 def _trains(config: Config) -> bool:
     return any(value > 0 for name, value in vars(config).items() if name.endswith("_ratio"))
 
+
+HALVES = dict.fromkeys(("vilt", "meter"), "workers.techniques.pruning.magnitude_prune_joint")
 
 TECHNIQUE = Technique(
     name="magnitude_prune",
@@ -201,8 +179,8 @@ TECHNIQUE = Technique(
     version=2,
     Config=Config,
     stage="surgery",
-    apply=_apply,
-    rebuild=_rebuild,
+    apply=by_backbone(_apply, HALVES),
+    rebuild=by_backbone(_rebuild, HALVES),
     check=_check,
     identity={"head_ratio": 0.0, "mlp_ratio": 0.0},
     trains=_trains,

@@ -16,12 +16,6 @@ from torch import Tensor, nn
 from workers.models.vision_language import FusedAttention
 from workers.techniques.pruning.shared_slicing import largest, sliced, squares
 
-
-def joint_family(model: nn.Module) -> bool:
-    """Whether the model is one of those that this module knows."""
-    return getattr(model, "family", "timm") in ("vilt", "meter")
-
-
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from workers.techniques.backbones import by_backbone
 from workers.techniques.distillation.distill import soft_loss
 from workers.techniques.record import Applied, LossInputs, LossTerm, ModelInfo, Surroundings, Technique, choice, number
 from workers.techniques.tokens.shared_blocks import (
@@ -133,22 +134,20 @@ class ThinningBlocks(TokenBlocks):
 
 def _loss(inputs: LossInputs, config: Config) -> LossTerm:
     vit: Any = inputs.model
-    if getattr(vit, "family", "timm") != "timm":
-        from workers.techniques.tokens import dynamicvit_joint  # imports nothing that image models need
-
-        traces = dynamicvit_joint.take_traces(vit)
-        if traces is None:
-            return LossTerm(1.0, inputs.logits.new_zeros(()))
-        ratios = torch.stack([ratio_loss(trace.shares(), config.keep) for trace in traces]).mean()
-        return LossTerm(1.0, _whole_loss(inputs, config, ratios, partial(dynamicvit_joint.distance, inputs, traces)))
     if not vit.blocks.kept:
         return LossTerm(1.0, inputs.logits.new_zeros(()))
     trace = vit.blocks.take_trace()
     ratios = ratio_loss(trace.decided, config.keep)
-    return LossTerm(1.0, _whole_loss(inputs, config, ratios, partial(_distance, inputs, trace)))
+    return LossTerm(1.0, whole_loss(inputs, config, ratios, partial(_distance, inputs, trace)))
 
 
-def _whole_loss(inputs: LossInputs, config: Config, ratios: Tensor, distance: Callable[[], Tensor | None]) -> Tensor:
+def whole_loss(inputs: LossInputs, config: Config, ratios: Tensor, distance: Callable[[], Tensor | None]) -> Tensor:
+    """Returns the weighted sum of all losses.
+
+    Args:
+        ratios: how far the shares of kept tokens are from the wanted ones, scalar.
+        distance: of the kept tokens from the teacher's, asked where it has a weight; None where they cannot be compared.
+    """
     loss = RATIO_WEIGHT * ratios
     if config.logit_weight:
         if inputs.teacher_logits is None:
@@ -182,7 +181,8 @@ def _distance(inputs: LossInputs, trace: Tokens) -> Tensor | None:
 # --- record -----------------------------------------------------------------------------------------------------------
 
 
-def _layers(config: Config, family: str, depth: int) -> list[int]:
+def predicted_layers(config: Config, family: str, depth: int) -> list[int]:
+    """Returns the layers of a model of ``depth`` that get a predictor before them, in ascending order."""
     if config.layers == BY_START:
         return spread_layers(depth, config.start, config.stages)
     return chosen_layers(config.layers, family, depth)
@@ -201,7 +201,7 @@ def _check(info: ModelInfo, config: Config) -> str | None:
     if fault:
         return fault
     patches = info.num_tokens - info.num_text_tokens - info.num_prefix_tokens
-    if not _plan(patches, _layers(config, info.family, info.depth), config.keep):
+    if not _plan(patches, predicted_layers(config, info.family, info.depth), config.keep):
         return f"keep={config.keep:g} drops none of {patches} patch tokens"
     return None
 
@@ -211,12 +211,10 @@ def _after(info: ModelInfo, config: Config) -> ModelInfo:
 
 
 def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
-    if getattr(model, "family", "timm") != "timm":
-        return _apply_joint(model, config, surroundings)
     require_blocks(model, "dynamicvit")
     vit: Any = model  # timm is not typed
     pool = pools_by_mean(vit, "dynamicvit")
-    plan = _plan(vit.patch_embed.num_patches, _layers(config, "timm", len(vit.blocks)), config.keep)
+    plan = _plan(vit.patch_embed.num_patches, predicted_layers(config, "timm", len(vit.blocks)), config.keep)
     resolved = {
         "layers": list(plan),
         "kept": list(plan.values()),
@@ -230,22 +228,8 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     return Applied(model, resolved, [f"blocks.{i}" for i in plan])
 
 
-def _apply_joint(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
-    vlm: Any = model
-    layers = _layers(config, vlm.family, len(vlm.layers)) if config.keep < 1 else []
-    resolved = {"layers": layers, "keep": config.keep}
-    _rebuild(model, resolved)
-    for i in layers:
-        vlm.layers[i].reducer.predictor.fill_(next(vlm.parameters()), surroundings.generator)
-    return Applied(model, resolved, [f"layers.{i}" for i in layers])
-
-
 def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     """Predictors come on the meta device: whoever calls this fills them."""
-    if getattr(model, "family", "timm") != "timm":
-        from workers.techniques.tokens import dynamicvit_joint
-
-        return dynamicvit_joint.rebuild(model, resolved)
     vit: Any = model
     for i in resolved["layers"]:
         vit.blocks[i].predictor = Predictor(vit.embed_dim, device="meta").train(vit.training)
@@ -266,20 +250,22 @@ def _wants_tokens(config: Config) -> bool:
     return config.keep < 1 and config.token_weight > 0
 
 
+HALVES = dict.fromkeys(("vilt", "meter"), "workers.techniques.tokens.dynamicvit_joint")
+
 TECHNIQUE = Technique(
     name="dynamicvit",
     family="token_reduction",
     version=1,
     Config=Config,
     stage="surgery",
-    apply=_apply,
-    rebuild=_rebuild,
+    apply=by_backbone(_apply, HALVES),
+    rebuild=by_backbone(_rebuild, HALVES),
     check=_check,
     identity={"keep": 1.0},
     trains=_trains,
     needs_teacher=_wants_logits,
     needs_teacher_model=_wants_tokens,
-    loss=_loss,
+    loss=by_backbone(_loss, HALVES),
     info_after=_after,
     models=("timm", "vilt", "meter"),
     source="DynamicViT, arXiv 2106.02034, sections 3.2 to 3.4",

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from workers.techniques.record import LossInputs
+from workers.techniques.record import Applied, LossInputs, LossTerm, Surroundings
+from workers.techniques.tokens.dynamicvit import Config, predicted_layers, whole_loss
 from workers.techniques.tokens.shared_blocks import NEVER, best_first
 from workers.techniques.tokens.shared_joint_tokens import (
     HIDDEN,
@@ -26,7 +28,7 @@ from workers.techniques.tokens.shared_joint_tokens import (
     put_reducers,
 )
 from workers.techniques.tokens.shared_merging import Matching
-from workers.techniques.tokens.shared_predictors import Predictor, decide, kept_counts, token_loss
+from workers.techniques.tokens.shared_predictors import Predictor, decide, kept_counts, ratio_loss, token_loss
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,17 @@ class ThinningReducer(Reducer):
 # --- model ------------------------------------------------------------------------------------------------------------
 
 
+def apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+    """Puts the predictors in, in place."""
+    vlm: Any = model
+    layers = predicted_layers(config, vlm.family, len(vlm.layers)) if config.keep < 1 else []
+    resolved = {"layers": layers, "keep": config.keep}
+    rebuild(model, resolved)
+    for i in layers:
+        vlm.layers[i].reducer.predictor.fill_(next(vlm.parameters()), surroundings.generator)
+    return Applied(model, resolved, [f"layers.{i}" for i in layers])
+
+
 def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     """Puts the predictors in, in place; they come on the meta device, and whoever calls this fills them."""
     vlm: Any = model
@@ -131,6 +144,15 @@ def _forget(model: nn.Module, args: object) -> None:
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def loss(inputs: LossInputs, config: Config) -> LossTerm:
+    """Returns DynamicViT's losses, averaged over the pictures of an example."""
+    traces = take_traces(inputs.model)
+    if traces is None:
+        return LossTerm(1.0, inputs.logits.new_zeros(()))
+    ratios = torch.stack([ratio_loss(trace.shares(), config.keep) for trace in traces]).mean()
+    return LossTerm(1.0, whole_loss(inputs, config, ratios, partial(distance, inputs, traces)))
 
 
 def take_traces(model: nn.Module) -> list[Thinned] | None:

@@ -26,9 +26,9 @@ from workers.techniques.distillation.distill import soft_loss
 from workers.techniques.record import Applied, LossInputs, LossTerm, ModelInfo, Surroundings, Technique, choice, number
 from workers.techniques.tokens.shared_blocks import best_first, rows
 from workers.techniques.tokens.shared_joint_tokens import (
-    FAMILIES,
     HIDDEN,
     LAYER_NAMES,
+    LAYERS,
     Change,
     Reducer,
     Reduction,
@@ -265,6 +265,6 @@ TECHNIQUE = Technique(
     needs_teacher=_wants_teacher,
     loss=_loss,
     info_after=_after,
-    models=FAMILIES,
+    models=tuple(LAYERS),
     source="PuMer, arXiv 2305.17530, section 3",
 )

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workers.techniques.backbones import by_backbone
 from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, number
 
 
@@ -72,8 +73,6 @@ def _check(info: ModelInfo, config: Config) -> str | None:
 
 
 def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
-    if getattr(model, "family", "timm") != "timm":
-        return _apply_joint(model, config)
     vit: Any = model  # timm is not typed
     embed = vit.patch_embed
     size = [smaller(s, p, config.ratio) for s, p in zip(embed.img_size, embed.patch_size, strict=True)]
@@ -82,19 +81,7 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     return Applied(_rebuild(model, resolved), resolved, changed)
 
 
-def _apply_joint(model: nn.Module, config: Config) -> Applied:
-    shape: Any = model.shape
-    side = smaller(shape.img_size, shape.patch_size, config.ratio)
-    resolved = {"image_size": [side, side]}
-    changed = ["position_embeddings"] if side != shape.img_size else []
-    return Applied(_rebuild(model, resolved), resolved, changed)
-
-
 def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
-    if getattr(model, "family", "timm") != "timm":
-        from workers.techniques.tokens import resolution_joint  # imports nothing that image models need
-
-        return resolution_joint.rebuild(model, resolved["image_size"][0])
     vit: Any = model
     size = tuple(resolved["image_size"])
     if size != tuple(vit.patch_embed.img_size):
@@ -108,14 +95,16 @@ def _trains(config: Config) -> bool:
     return config.ratio < 1
 
 
+HALVES = dict.fromkeys(("vilt", "meter"), "workers.techniques.tokens.resolution_joint")
+
 TECHNIQUE = Technique(
     name="resolution",
     family="token_reduction",
     version=1,
     Config=Config,
     stage="surgery",
-    apply=_apply,
-    rebuild=_rebuild,
+    apply=by_backbone(_apply, HALVES),
+    rebuild=by_backbone(_rebuild, HALVES),
     check=_check,
     identity={"ratio": 1.0},
     trains=_trains,

@@ -5,6 +5,7 @@ Position embeddings are resampled as each model's own weights are for another si
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workers.inputs import Inputs
-from workers.techniques.tokens.resolution import resize, smaller
+from workers.techniques.record import Applied, Surroundings
+from workers.techniques.tokens.resolution import Config, resize, smaller
 from workers.techniques.tokens.shared_joint_tokens import family_module
 
 
@@ -43,9 +45,19 @@ def _shrink_first(ratio: float, patch: int, module: nn.Module, args: tuple[Any, 
     return (shrink(args[0], ratio, patch), *args[1:])
 
 
-def rebuild(model: nn.Module, size: int) -> nn.Module:
-    """Makes the model one that turns its images into ``size`` pixels a side, in place."""
+def apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+    """Makes the model one that turns its images into smaller ones, in place."""
     shape: Any = model.shape
+    side = smaller(shape.img_size, shape.patch_size, config.ratio)
+    resolved = {"image_size": [side, side]}
+    changed = ["position_embeddings"] if side != shape.img_size else []
+    return Applied(rebuild(model, resolved), resolved, changed)
+
+
+def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
+    """Makes the model one that turns its images into ``image_size`` pixels a side, in place."""
+    shape: Any = model.shape
+    size: int = resolved["image_size"][0]
     if size != shape.img_size:
         model.register_forward_pre_hook(partial(_shrink_first, size / shape.img_size, shape.patch_size))
         family_module(model).resample_(model, size)

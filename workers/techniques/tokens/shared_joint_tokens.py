@@ -12,7 +12,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import pairwise
 from typing import Any, cast
 
@@ -21,11 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from workers.models import vision_language as vl
+from workers.techniques.backbones import half
 from workers.techniques.tokens.shared_blocks import rows, spread_layers
 from workers.techniques.tokens.shared_merging import Matching
 
-FAMILIES = ("vilt", "meter")
-"""Model families whose layers see text and image; each has a module ``shared_<family>_layers``."""
+LAYERS = {family: f"workers.techniques.tokens.shared_{family}_layers" for family in ("vilt", "meter")}
+"""Model families whose layers see text and image, and the modules with those layers."""
 
 HIDDEN = -1e4
 """Added to the logits of a padded key: finite in every float type, and exp of it is 0 in each."""
@@ -293,10 +293,7 @@ def family_module(model: nn.Module) -> Any:
     Raises:
         ValueError: a family without one.
     """
-    family = getattr(model, "family", "timm")
-    if family not in FAMILIES:
-        raise ValueError(f"no joint layers in a model of family {family!r}; known: {', '.join(FAMILIES)}")
-    return import_module(f"workers.techniques.tokens.shared_{family}_layers")
+    return half(model, LAYERS)
 
 
 def put_reducers(model: nn.Module, reducers: Mapping[int, Reducer]) -> None:

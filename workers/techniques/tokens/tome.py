@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workers.techniques.backbones import by_backbone
 from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, choice, number
 from workers.techniques.tokens.shared_blocks import best_first, require_blocks
 from workers.techniques.tokens.shared_merging import Matching, MergingBlocks
@@ -139,14 +140,6 @@ def _after(info: ModelInfo, config: Config) -> ModelInfo:
 
 
 def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
-    if getattr(model, "family", "timm") != "timm":
-        from workers.techniques.tokens import tome_joint  # imports nothing that image models need
-
-        layers = tome_joint.layers(model, config.where)
-        merged = reductions(config.r, SHAPES[config.schedule], len(layers))
-        resolved = {"merged": merged, "proportional": config.proportional_attention, "where": config.where}
-        model = tome_joint.rebuild(model, resolved)
-        return Applied(model, resolved, [name for name, r in zip(layers, merged, strict=True) if r])
     require_blocks(model, "tome")
     vit: Any = model  # timm is not typed
     merged = reductions(config.r, SHAPES[config.schedule], len(vit.blocks))
@@ -160,10 +153,6 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
 
 
 def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
-    if getattr(model, "family", "timm") != "timm":
-        from workers.techniques.tokens import tome_joint
-
-        return tome_joint.rebuild(model, resolved)
     vit: Any = model
     prefix = resolved["prefix"]
     matches = [partial(match, r=r, prefix=prefix) for r in resolved["merged"]]
@@ -171,14 +160,16 @@ def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     return model
 
 
+HALVES = dict.fromkeys(("vilt", "meter"), "workers.techniques.tokens.tome_joint")
+
 TECHNIQUE = Technique(
     name="tome",
     family="token_reduction",
     version=1,
     Config=Config,
     stage="surgery",
-    apply=_apply,
-    rebuild=_rebuild,
+    apply=by_backbone(_apply, HALVES),
+    rebuild=by_backbone(_rebuild, HALVES),
     check=_check,
     identity={"r": 0},
     info_after=_after,

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workers.techniques.record import Applied, Surroundings
 from workers.techniques.tokens.shared_joint_tokens import HIDDEN, Change, Reducer, Reduction, Seen, Stream, put_reducers
 from workers.techniques.tokens.shared_merging import Matching, merge
-from workers.techniques.tokens.tome import IMAGE_TOWER, match
+from workers.techniques.tokens.tome import IMAGE_TOWER, SHAPES, Config, match, reductions
 
 
 class MergingReducer(Reducer):
@@ -107,7 +108,15 @@ def _attend(attention: Any, hidden: Tensor, size: Tensor | None) -> tuple[Tensor
     return attention.out_proj(out.transpose(1, 2).flatten(2)), k.mean(dim=1)
 
 
-def layers(model: Any, where: str) -> list[str]:
+def apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+    """Puts the merging in, in place."""
+    layers = merging_layers(model, config.where)
+    merged = reductions(config.r, SHAPES[config.schedule], len(layers))
+    resolved = {"merged": merged, "proportional": config.proportional_attention, "where": config.where}
+    return Applied(rebuild(model, resolved), resolved, [name for name, r in zip(layers, merged, strict=True) if r])
+
+
+def merging_layers(model: Any, where: str) -> list[str]:
     """Returns the names of the layers that merge.
 
     Raises:

@@ -1,0 +1,15 @@
+"""The command ``plan``."""
+
+from __future__ import annotations
+
+from orchestrator.cli.io import STORAGE, StorageOption, StudyArgument, reported
+
+
+@reported
+def plan(study: StudyArgument, storage: StorageOption = STORAGE) -> None:
+    """Checks a study and says what would run; runs nothing and starts no Ray."""
+    from orchestrator.study.load import load_study
+    from orchestrator.sweep.plan import describe_plan
+
+    for line in describe_plan(load_study(study), storage):
+        print(line, flush=True)  # before a refusal, which goes to stderr

@@ -1,0 +1,126 @@
+"""The commands ``run`` and ``resume``."""
+
+from __future__ import annotations
+
+import shlex
+import socket
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orchestrator.cli.io import (
+    STORAGE,
+    BudgetOption,
+    NameArgument,
+    RayOption,
+    StorageOption,
+    StudyArgument,
+    TrialsOption,
+    UsageError,
+    duration_s,
+    open_study,
+    reported,
+)
+from orchestrator.cli.pareto import frontier
+
+if TYPE_CHECKING:
+    from orchestrator.study.schema import StudyConfig
+    from orchestrator.sweep.driver import StudyRun
+
+
+@reported
+def run(
+    study: StudyArgument,
+    storage: StorageOption = STORAGE,
+    name: Annotated[str | None, typer.Option(help="Name of the study, in place of the file's.")] = None,
+    trials: TrialsOption = None,
+    time_budget: BudgetOption = None,
+    address: RayOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+) -> None:
+    """Runs a study; the same study again goes on where it stopped."""
+    from orchestrator.study.load import check_study_name, load_study
+
+    config = load_study(study)
+    changes: dict[str, Any] = {"name": check_study_name(name)} if name is not None else {}
+    _run(config.model_copy(update=changes), storage, trials, time_budget, address, quiet)
+
+
+@reported
+def resume(
+    name: NameArgument,
+    storage: StorageOption = STORAGE,
+    trials: TrialsOption = None,
+    time_budget: BudgetOption = None,
+    address: RayOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+) -> None:
+    """Goes on with an interrupted study, or extends a finished one with a larger --trials."""
+    from orchestrator.study.schema import StudyConfig
+
+    _, stored = open_study(name, storage)
+    _run(StudyConfig.from_dict(stored["config"]), storage, trials, time_budget, address, quiet)
+
+
+def _run(
+    config: StudyConfig, storage: str, trials: int | None, time_budget: str | None, address: str | None, quiet: bool
+) -> None:
+    from orchestrator.ledger import Ledger
+    from orchestrator.ledger.studies import find_storage
+    from orchestrator.study.load import check_same_study
+
+    if trials is not None:
+        config = config.model_copy(update={"trials": trials})
+    seconds = duration_s(time_budget)
+    if seconds is not None:
+        config = config.model_copy(update={"budget": config.budget.model_copy(update={"time": seconds})})
+    if address is not None:
+        _check_ray(address)
+    ledger = Ledger(find_storage(storage), config.name)
+    stored = ledger.study_record()
+    if stored is not None:  # the driver asks again, after seconds of imports
+        check_same_study(config, stored["config"], ledger.folder)
+    if not quiet:
+        where = f"Ray at {address}" if address else "a local Ray"
+        print(
+            f"study {config.name}: up to {config.trials} trials on {where}, results in {ledger.folder}", file=sys.stderr
+        )
+    from orchestrator.sweep.driver import run_study
+
+    done = run_study(config, storage=storage, address=address, quiet=quiet)
+    _print_run(done, storage)
+    if not done.complete and not done.reason.startswith("time budget"):
+        raise typer.Exit(1)
+
+
+def _check_ray(address: str) -> None:
+    """Refuses an address at which no Ray answers: Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if address == "auto" or "://" in address:  # the driver's matter
+        return
+    if not host or not port.isdigit():
+        raise UsageError(f"--address {address}: must be auto, or HOST:PORT of a running Ray, such as 127.0.0.1:6379")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(f"--address {address}: no Ray answers there ({error}); `ray status` knows more") from None
+
+
+def _print_run(done: StudyRun, storage: str) -> None:
+    from orchestrator.ledger.status import format_failures
+    from orchestrator.words.units import format_seconds
+
+    frontier(done.name, storage)
+    volume = "" if done.hypervolume is None else f", hypervolume {done.hypervolume:.4f}"
+    print(
+        f"{done.done} of {done.budget} trials after {format_seconds(done.elapsed_s)}, "
+        f"failed: {format_failures(dict(done.failed))}{volume}",
+        file=sys.stderr,
+    )
+    if done.complete and done.done < done.budget:
+        print("the search space has no more recipes than these", file=sys.stderr)
+    if not done.complete:
+        option = "" if storage == STORAGE else f" --storage {shlex.quote(storage)}"
+        print(f"stopped early: {done.reason}; go on with: vitpareto resume {done.name}{option}", file=sys.stderr)
+    print(f"results: {done.folder}")

@@ -1,0 +1,38 @@
+"""The command ``status``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.io import STORAGE, Format, FormatOption, StorageOption, open_study, reported, say, write_dicts
+
+
+@reported
+def status(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Name of the study; none lists all.")] = None,
+    storage: StorageOption = STORAGE,
+    format_: FormatOption = Format.table,
+) -> None:
+    """Says how far studies are, what failed, and which files in their folder cannot be read."""
+    from orchestrator.ledger import LedgerError
+    from orchestrator.ledger.status import for_people, study_status
+    from orchestrator.ledger.studies import find_storage, study_names
+
+    store = find_storage(storage)
+    names = study_names(store) if name is None else [name]
+    rows = []
+    for study in names:
+        try:
+            rows.append(study_status(open_study(study, storage)[0]))
+        except LedgerError as error:  # a damaged study does not hide the others
+            if name is not None:
+                raise
+            say(str(error))
+    if not names:
+        say(f"there are no studies in {store.url}")
+    write_dicts([for_people(r) for r in rows] if format_ is Format.table else rows, format_)
+    for row in rows:
+        for problem in row["problems"]:
+            say(problem)

@@ -1,0 +1,13 @@
+"""The command ``techniques``."""
+
+from __future__ import annotations
+
+from orchestrator.cli.io import Format, FormatOption, reported, write_dicts
+
+
+@reported
+def techniques(format_: FormatOption = Format.table) -> None:
+    """Lists the techniques with their parameters, ranges and defaults."""
+    from orchestrator.sweep.plan import technique_lines, technique_rows
+
+    write_dicts(technique_lines() if format_ is Format.table else technique_rows(), format_)
