@@ -212,7 +212,10 @@ def submit(
         SubmitError: the package is too large, there is no token, or the cluster refused the job.
         StudyError: the study has faults. Its data and checkpoint are not looked for: they lie where it will run.
     """
-    from orchestrator.study.load import check_study_name, load_study
+    from orchestrator.study.load import (  # pydantic, which asking after a job need not wait for
+        check_study_name,
+        load_study,
+    )
 
     address = check_address(address)
     root = Path(working_dir).resolve()

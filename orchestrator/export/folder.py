@@ -86,8 +86,8 @@ def export_trial(
             f"trial {row['trial_id']} of {name} has no model: its status is {row['status']}, must be ok; "
             f"vitpareto show {name} {row['trial_id']} says why"
         )
-    from workers import artefact
-    from workers.artefact import export  # torch
+    from workers import artefact  # these import torch, which a refusal need not wait for
+    from workers.artefact import export
 
     source = f"{ledger.storage.url}/{row['artefact']}"
     try:

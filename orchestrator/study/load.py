@@ -18,7 +18,7 @@ from orchestrator.study import scalars, tasks, techniques
 from orchestrator.study.sampler import sampler_faults
 from orchestrator.study.schema import StudyConfig, model_info
 from orchestrator.study.yaml_lines import ABSENT, MAX_BYTES, Fault, StudyError, nearest, path_text, read, with_lines
-from workers.measuring.peak_memory import MIN_CPU_BYTES
+from workers.measuring.protocols import MIN_CPU_BYTES
 
 if TYPE_CHECKING:
     from workers.model_info import ModelInfo

@@ -97,7 +97,7 @@ def answers_faults(data: object) -> list[Fault]:
     path = data.get("answers") if isinstance(data, Mapping) else None
     if task_of(data) != "vqa" or not isinstance(path, str) or not path:
         return []
-    from workers.tasks import TaskError
+    from workers.tasks import TaskError  # with torch, for answers alone
     from workers.tasks.answers import read_vocabulary
 
     try:

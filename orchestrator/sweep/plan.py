@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterator
@@ -133,9 +134,7 @@ def _time_line(config: StudyConfig, done: int, seconds: list[float]) -> str:
 
 def technique_rows() -> list[dict[str, Any]]:
     """Returns one mapping a technique: name, family, stage, version, source, and its parameters with range and default."""
-    import dataclasses
-
-    from workers.techniques import registry
+    from workers.techniques import registry  # imports torch
     from workers.techniques.record import Options
 
     rows = []

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from workers.inputs import Inputs
+from workers.models.vision_language import TASKS
 from workers.tasks import TaskInfo
 
 SEED = 0
@@ -21,8 +22,6 @@ def make_inputs(info: TaskInfo, device: torch.device | str, batch: int) -> Tenso
     shape = (info.in_chans, info.image_size, info.image_size)
     if info.text is None:
         return torch.randn(batch, *shape, generator=generator).to(device)
-    from workers.models.vision_language import TASKS
-
     pictures = TASKS[info.task].images
     pixels = torch.randn(batch, *((pictures, *shape) if pictures > 1 else shape), generator=generator)
     first = min(info.text.pad_id + 1, info.text.vocab_size - 1)  # no padding among the words

@@ -27,19 +27,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+import torch
+from torch import nn
 
-    from workers.tasks import TaskInfo
-
-CPU_RESOLUTION_BYTES = 4_000_000
-"""How far a growth on a CPU may lie from the bytes of weights, images and activations where no kernel packs weights."""
-
-MIN_CPU_BYTES = 5 * CPU_RESOLUTION_BYTES
-"""Smallest peak on a CPU that is told: below it the resolution is a large part of the number."""
+from workers import artefact
+from workers.measuring.made_inputs import make_inputs
+from workers.measuring.protocols import CPU_RESOLUTION_BYTES, MIN_CPU_BYTES
+from workers.node.storage import open_storage
+from workers.tasks import TaskInfo
 
 CHILD_TIMEOUT_S = 900
 
@@ -80,8 +76,6 @@ def peak_memory(folder: str | Path, batch: int, info: TaskInfo, device: torch.de
         NotTellable: the peak on a CPU is below ``MIN_CPU_BYTES``, the system is not Linux, or the process failed.
     """
     if device.type == "cuda":
-        import torch
-
         torch.cuda.empty_cache()  # what this process keeps in reserve the other one cannot have
         with _on_disk(folder) as path:
             return PeakMemory(peak_in_child(path, batch, info, device, threads), 0, "allocator peak in a fresh process")
@@ -99,8 +93,6 @@ def peak_memory(folder: str | Path, batch: int, info: TaskInfo, device: torch.de
 
 @contextmanager
 def _on_disk(folder: str | Path) -> Iterator[Path]:
-    from workers import artefact
-    from workers.node.storage import open_storage
 
     storage = open_storage(folder)
     path = storage.local("")
@@ -149,8 +141,6 @@ def resident() -> dict[str, int]:
 
 def _peak_on_cpu(folder: str, info: TaskInfo, batch: int) -> int:
     """Rehearses once, which leaves what libraries keep (imports, compiled kernels, threads), then takes the growth."""
-    from workers import artefact
-    from workers.measuring.made_inputs import make_inputs
 
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
@@ -176,10 +166,6 @@ def _peak_on_cpu(folder: str, info: TaskInfo, batch: int) -> int:
 
 
 def _peak_on_cuda(folder: str, info: TaskInfo, batch: int, device: str) -> int:
-    import torch
-
-    from workers import artefact
-    from workers.measuring.made_inputs import make_inputs
 
     model: nn.Module = artefact.load(folder, device=device)
     inputs = make_inputs(info, device, batch)
@@ -191,9 +177,6 @@ def _peak_on_cuda(folder: str, info: TaskInfo, batch: int, device: str) -> int:
 
 def main(folder: str, device: str, batch: str, facts: str, threads: str) -> None:
     """Prints the peak in bytes."""
-    import torch
-
-    from workers.tasks import TaskInfo
 
     torch.set_num_threads(int(threads))
     info = TaskInfo.from_dict(json.loads(facts))

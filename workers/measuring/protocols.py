@@ -50,3 +50,10 @@ measurements, each in a fresh process; ``remeasure``: most further measurements 
 
 SEEDS: Mapping[str, tuple[int, ...]] = {"quick": (0,), "standard": (0,), "thorough": (0, 1, 2)}
 """Seeds of a study that names none; ``thorough`` needs at least three."""
+
+CPU_RESOLUTION_BYTES = 4_000_000
+"""How far a growth on a CPU may lie from the bytes of weights, images and activations where no kernel packs weights;
+seen in :mod:`workers.measuring.peak_memory`."""
+
+MIN_CPU_BYTES = 5 * CPU_RESOLUTION_BYTES
+"""Smallest peak on a CPU that is told: below it the resolution is a large part of the number."""

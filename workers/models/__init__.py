@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from workers.model_info import ModelInfo
-from workers.models import local_weights, releases
+from workers.models import local_weights, releases, vision_language
 from workers.models.timm_vit import ModelError
 
 if TYPE_CHECKING:
@@ -76,8 +76,6 @@ def describe(model: Mapping[str, Any], data: TaskInfo) -> dict[str, Any]:
         fitting = "timm" if data.text is None else ", ".join(_RELEASES)
         raise ModelError(f"model.family {family} is not for {data.task}: use {fitting}, or other data")
     if family != "timm":
-        from workers.models import vision_language
-
         model = vision_language.with_facts(model, data, module.describe)
         return module.describe(model)  # type: ignore[no-any-return]
     return module.describe(model, data)  # type: ignore[no-any-return]

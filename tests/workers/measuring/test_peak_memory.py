@@ -11,13 +11,12 @@ import torch
 
 from workers import artefact, models
 from workers.measuring.peak_memory import (
-    CPU_RESOLUTION_BYTES,
-    MIN_CPU_BYTES,
     NotTellable,
     PeakMemory,
     peak_in_child,
     peak_memory,
 )
+from workers.measuring.protocols import CPU_RESOLUTION_BYTES, MIN_CPU_BYTES
 from workers.tasks import TaskInfo
 
 CPU = torch.device("cpu")
