@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from orchestrator.study.scalars import Natural, Positive, broken
+from workers.tasks import KINDS, TEXT_DEFAULTS, DataKind
 
 
 class Section(BaseModel):
     """A part of a study: unknown keys are faults, and text is not taken for a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def _known_kind(value: object) -> object:
+    """Passes the name of a kind of data."""
+    if isinstance(value, str) and value in KINDS:
+        return value
+    *names, last = map(repr, KINDS)
+    near = get_close_matches(value, KINDS, n=1, cutoff=0.5) if isinstance(value, str) else ()
+    raise broken(f"must be {', '.join(names)} or {last}", f"did you mean {near[0]}?" if near else "")
 
 
 def _answers(value: object) -> object:
@@ -29,22 +41,7 @@ class DataSection(Section):
     ``search_fraction`` of the training ones becomes the search split, unless the data has a validation part for it.
     """
 
-    kind: Literal[
-        "digits",
-        "cifar10",
-        "cifar100",
-        "imagefolder",
-        "parquet",
-        "digit_vqa",
-        "digit_entailment",
-        "digit_nlvr",
-        "digit_retrieval",
-        "vqa",
-        "entailment",
-        "nlvr2",
-        "nlvr1",
-        "retrieval",
-    ]
+    kind: Annotated[str, BeforeValidator(_known_kind)]
     path: str | None = None
     image_size: Positive | None = None
     search_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -54,12 +51,18 @@ class DataSection(Section):
     report_limit: Positive | None = None
     mean: list[float] | None = None
     std: list[Annotated[float, Field(gt=0)]] | None = None
-    max_text_tokens: Annotated[int, Field(ge=3)] | None = None
-    truncation: bool = False
-    tokenizer: str | None = None
-    answers: Annotated[int | str, BeforeValidator(_answers)] = 3129
-    candidates: Annotated[int, Field(ge=2)] = 4
+    max_text_tokens: Annotated[int, Field(ge=3)] | None = TEXT_DEFAULTS["max_text_tokens"]
+    truncation: bool = TEXT_DEFAULTS["truncation"]
+    tokenizer: str | None = TEXT_DEFAULTS["tokenizer"]
+    answers: Annotated[int | str, BeforeValidator(_answers)] = TEXT_DEFAULTS["answers"]
+    candidates: Annotated[int, Field(ge=2)] = TEXT_DEFAULTS["candidates"]
 
 
-VISION_LANGUAGE_KEYS = ("max_text_tokens", "truncation", "tokenizer", "answers", "candidates")
+VISION_LANGUAGE_KEYS = tuple(TEXT_DEFAULTS)
 """Keys of the data section that images alone have no use for."""
+
+
+def kind_of(data: object) -> DataKind | None:
+    """Returns the kind of a data section as it stands in the file; None where it names no known one."""
+    name = data.get("kind") if isinstance(data, Mapping) else None
+    return KINDS.get(name) if isinstance(name, str) else None

@@ -11,15 +11,13 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 
+from orchestrator.study.data import kind_of
 from orchestrator.study.yaml_lines import ABSENT, Fault, nearest
 from workers.measuring.protocols import SEEDS
 from workers.trial import OBJECTIVES
 
 _PLAIN_VITS = ("vision_transformer", "deit")
 """Modules of timm that hold them."""
-
-FROM_FILES = ("imagefolder", "parquet", "cifar10", "cifar100", "vqa", "entailment", "nlvr2", "nlvr1", "retrieval")
-"""Kinds of data that lie somewhere."""
 
 _RELATIVE = "paths are relative to the study file, then to the working directory"
 
@@ -118,26 +116,29 @@ def data_faults(data: object, *, must_exist: bool = True) -> list[Fault]:
     """Judges where the data lies; unless ``must_exist``, only whether the study says where."""
     if not isinstance(data, Mapping):
         return []
-    kind, path = data.get("kind"), data.get("path")
-    if kind in FROM_FILES and path is None:
-        return [Fault("data.path", f"must be given for kind {kind}", ABSENT, "name the folder or file with the images")]
-    if str(kind).startswith("digit_") and path is not None:
-        return [Fault("data.path", f"must be left out for kind {kind}", path, "the digits come with scikit-learn")]
+    kind, path = kind_of(data), data.get("path")
+    if kind is not None and kind.needs_path and path is None:
+        return [Fault("data.path", f"must be given for kind {kind.name}", ABSENT, kind.path_remedy)]
+    if kind is not None and kind.path == "forbidden" and path is not None:
+        return [Fault("data.path", f"must be left out for kind {kind.name}", path, kind.path_remedy)]
     if isinstance(path, str) and "://" in path:
         return [Fault("data.path", "must be a path, not a URL", path, "mount it, or copy it to the nodes")]
-    fetched = str(kind).startswith("cifar")  # torchvision downloads it to where it is not
+    fetched = kind is not None and kind.path == "fetched"
     if must_exist and isinstance(path, str) and not fetched and not Path(path).exists():
         return [Fault("data.path", "must exist", path, _RELATIVE)]
     return []
 
 
 def training_faults(training: object, data: object) -> list[Fault]:
-    """RandAugment is made of operations on pictures; the digits are small grids of floating-point numbers."""
-    if not (isinstance(training, Mapping) and isinstance(data, Mapping) and data.get("kind") == "digits"):
+    """RandAugment is made of operations on pictures, which not all data has."""
+    kind = kind_of(data)
+    if kind is None or kind.randaugment or not isinstance(training, Mapping):
         return []
     parts = {name: training.get(name) for name in ("baseline", "recovery")}
     return [
-        Fault(f"training.{name}.augment", "must not be randaugment for digits", "randaugment", "flip_crop or none")
+        Fault(
+            f"training.{name}.augment", f"must not be randaugment for {kind.name}", "randaugment", "flip_crop or none"
+        )
         for name, part in parts.items()
         if isinstance(part, Mapping) and part.get("augment") == "randaugment"
     ]

@@ -14,19 +14,11 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.study.constraints import DROPS, ConstraintError, parse
-from orchestrator.study.data import VISION_LANGUAGE_KEYS, DataSection
+from orchestrator.study.data import VISION_LANGUAGE_KEYS, DataSection, kind_of
 from orchestrator.study.faults import objective_places
 from orchestrator.study.yaml_lines import Fault, nearest
+from workers.tasks import IMAGES, TaskError
 from workers.trial import ACCURACIES
-
-IMAGES = "image_classification"
-
-TASKS: Mapping[str, str] = {
-    **dict.fromkeys(("digits", "cifar10", "cifar100", "imagefolder", "parquet"), IMAGES),
-    **{"digit_vqa": "vqa", "digit_entailment": "entailment", "digit_nlvr": "nlvr2", "digit_retrieval": "retrieval"},
-    **{task: task for task in ("vqa", "entailment", "nlvr2", "nlvr1", "retrieval")},
-}
-"""Kind of data to the task that it is for."""
 
 _ACCURACIES: Mapping[str, tuple[str, ...]] = {
     "vqa": ("vqa_pct",),
@@ -57,8 +49,8 @@ _FROM_ZERO = ("patch_seed", "dropout")
 
 def task_of(data: object) -> str | None:
     """Returns the task of a data section; None where it names no known kind."""
-    kind = data.get("kind") if isinstance(data, Mapping) else None
-    return TASKS.get(kind) if isinstance(kind, str) else None
+    kind = kind_of(data)
+    return None if kind is None else kind.task
 
 
 def family_of(model: object) -> str:
@@ -84,7 +76,8 @@ def data_key_faults(data: object) -> list[Fault]:
     for key in VISION_LANGUAGE_KEYS:
         standing = DataSection.model_fields[key].default
         wanted = _KEYS_OF_TASK.get(key)
-        if data.get(key, standing) != standing and task in (IMAGES, *_others(wanted)):
+        fits = task != IMAGES and wanted in (None, task)
+        if data.get(key, standing) != standing and not fits:
             what = "images with texts" if wanted is None else wanted
             faults.append(
                 Fault(f"data.{key}", f"must be left out: it is for {what}", data[key], f"the kind is {data['kind']}")
@@ -97,8 +90,7 @@ def answers_faults(data: object) -> list[Fault]:
     path = data.get("answers") if isinstance(data, Mapping) else None
     if task_of(data) != "vqa" or not isinstance(path, str) or not path:
         return []
-    from workers.tasks import TaskError  # with torch, for answers alone
-    from workers.tasks.answers import read_vocabulary
+    from workers.tasks.answers import read_vocabulary  # imports numpy, which other studies do without
 
     try:
         read_vocabulary(Path(path))
@@ -106,10 +98,6 @@ def answers_faults(data: object) -> list[Fault]:
         rule, _, remedy = str(error).removeprefix(f"data.answers {path}: ").rpartition("; ")
         return [Fault("data.answers", rule, path, remedy)]
     return []
-
-
-def _others(wanted: str | None) -> Iterable[str]:
-    return () if wanted is None else set(TASKS.values()) - {wanted}
 
 
 # --- objectives and constraints ---------------------------------------------------------------------------------------

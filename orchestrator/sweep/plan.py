@@ -13,9 +13,9 @@ from orchestrator.ledger.studies import find_storage
 from orchestrator.study.load import StudyRefused, check_measurable, check_same_study
 from orchestrator.study.schema import StudyConfig, model_info
 from orchestrator.study.space import SearchSpace
-from orchestrator.study.tasks import IMAGES, TASKS
 from orchestrator.words.units import format_seconds, format_value
 from workers.node.storage import Storage
+from workers.tasks import IMAGES, KINDS
 
 if TYPE_CHECKING:
     from workers.model_info import ModelInfo
@@ -48,7 +48,7 @@ def describe_plan(config: StudyConfig, storage: str) -> Iterator[str]:
 
 
 def _model_line(config: StudyConfig, info: ModelInfo) -> str:
-    task, tokens = TASKS[config.data.kind], f"{info.num_tokens} tokens"
+    task, tokens = KINDS[config.data.kind].task, f"{info.num_tokens} tokens"
     blocks, classes = "blocks", f"{info.num_classes} classes"
     if task != IMAGES:
         text = info.num_text_tokens

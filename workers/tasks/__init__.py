@@ -6,32 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+from workers.tasks.kinds import IMAGES, KINDS, TEXT_DEFAULTS, DataKind
+
 if TYPE_CHECKING:
     from workers.tasks.batches import TaskData
 
-IMAGE_KINDS = ("digits", "cifar10", "cifar100", "imagefolder", "parquet")
-"""Values of ``data.kind`` that are image classification."""
-
-DIGIT_KINDS = ("digit_vqa", "digit_entailment", "digit_nlvr", "digit_retrieval")
-"""Vision-language tasks made of scikit-learn's digits; no path."""
-
-TEXT_KINDS = ("vqa", "entailment", "nlvr2", "nlvr1", "retrieval")
-"""Vision-language tasks read from files."""
-
-TEXT_DEFAULTS: Mapping[str, Any] = {
-    "max_text_tokens": None,
-    "truncation": False,
-    "tokenizer": None,
-    "answers": 3129,
-    "candidates": 4,
-}
-"""Keys that the data sections of vision-language tasks have besides; 3,129 answers is what models of VQAv2 have.
-
-``answers`` may also be the path of a file of answers, or ``{path, digest}``; see :mod:`workers.tasks.answers`.
-"""
-
-KINDS = (*IMAGE_KINDS, *DIGIT_KINDS, *TEXT_KINDS)
-"""Values of ``data.kind``."""
+__all__ = [
+    "IMAGES",
+    "KINDS",
+    "TEXT_DEFAULTS",
+    "DataKind",
+    "TaskError",
+    "TaskInfo",
+    "TextInfo",
+    "data_digest",
+    "info",
+    "kind_of",
+    "load",
+]
 
 
 class TaskError(ValueError):
@@ -62,7 +54,7 @@ class TaskInfo:
     in_chans: int
     image_size: int
     class_names: tuple[str, ...]
-    task: str = "image_classification"
+    task: str = IMAGES
     text: TextInfo | None = None
 
     @classmethod
@@ -89,8 +81,8 @@ def load(data: Mapping[str, Any]) -> TaskData:
     Raises:
         TaskError: the data is missing or broken, or is not the data of ``digest``.
     """
-    if _has_texts(data):
-        from workers.tasks import vision_language
+    if kind_of(data).task != IMAGES:
+        from workers.tasks import vision_language  # these import torch
 
         return vision_language.load(data)
     from workers.tasks import image_classification
@@ -104,11 +96,11 @@ def info(data: Mapping[str, Any]) -> TaskInfo:
     Raises:
         TaskError: the data is missing or broken.
     """
-    if _has_texts(data):
-        from workers.tasks import vision_language
+    if kind_of(data).task != IMAGES:
+        from workers.tasks import vision_language  # imports torch
 
         return vision_language.info(data)
-    from workers.tasks import image_sources
+    from workers.tasks import image_sources  # imports numpy and Pillow
 
     source = image_sources.open_source(data)
     return image_sources.task_info(source, data)
@@ -124,16 +116,21 @@ def data_digest(data: Mapping[str, Any]) -> str:
     Raises:
         TaskError: the data is missing.
     """
-    if _has_texts(data):
-        from workers.tasks import vision_language
+    if kind_of(data).task != IMAGES:
+        from workers.tasks import vision_language  # imports torch
 
         return vision_language.data_digest(data)
-    from workers.tasks import image_sources
+    from workers.tasks import image_sources  # imports numpy and Pillow
 
     return image_sources.open_source(data).digest
 
 
-def _has_texts(data: Mapping[str, Any]) -> bool:
+def kind_of(data: Mapping[str, Any]) -> DataKind:
+    """Returns the kind of a data section.
+
+    Raises:
+        TaskError: there is none of that name.
+    """
     if data["kind"] not in KINDS:
         raise TaskError(f"data.kind must be one of {', '.join(KINDS)}, got {data['kind']!r}")
-    return data["kind"] not in IMAGE_KINDS
+    return KINDS[data["kind"]]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from workers.tasks import TaskError
 from workers.tasks.answers import ANNOTATORS
-from workers.tasks.image_sources import Content, Images, Pictures
+from workers.tasks.pictures import Content, Images, Pictures
 
 ENTAILMENT = ("entailment", "neutral", "contradiction")
 """Classes of visual entailment, in the order of SNLI's numbers."""
@@ -98,7 +98,7 @@ class ArrayPictures:
         self.channels = int(images.shape[-1])
 
     def contents(self, part: str, wanted: NDArray[np.int64]) -> Iterator[tuple[int, Content, str]]:
-        """See :class:`workers.tasks.image_sources.Pictures`."""
+        """See :class:`workers.tasks.pictures.Pictures`."""
         for position, row in enumerate(wanted.tolist()):
             yield position, self.images[row], f"picture {row}"
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from workers.tasks import TaskError, TaskInfo
 from workers.tasks.encoded_images import cache_folder, decode, resize, squash, threads, write_atomic
-from workers.tasks.image_sources import Content, Images, Pictures
+from workers.tasks.pictures import Content, Images, Pictures
 
 DECODER = 2
 """Raised when the same bytes would give other pixels. The version of Pillow counts too."""

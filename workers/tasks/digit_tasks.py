@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from workers.tasks import kind_of
 from workers.tasks.corpus import CLASSES, ENTAILMENT, ArrayPictures, Corpus, Part
 from workers.tasks.image_sources import digits
 
@@ -221,19 +223,22 @@ def _named(scene: Scene) -> list[str]:
 
 # --- all four ---------------------------------------------------------------------------------------------------------
 
-_TASKS: dict[str, tuple[str, Callable[[_Writer], None]]] = {
-    "digit_vqa": ("vqa", _vqa),
-    "digit_entailment": ("entailment", _entailment),
-    "digit_nlvr": ("nlvr2", _nlvr),
-    "digit_retrieval": ("retrieval", _retrieval),
-}
-"""Kind to its task and what writes its examples."""
+
+def _open(write: Callable[[_Writer], None], data: Mapping[str, Any]) -> Corpus:
+    """Opens the data of a section whose examples ``write`` writes."""
+    kind = kind_of(data)
+    return digit_corpus(kind.name, kind.task, write)
+
+
+open_vqa = partial(_open, _vqa)
+open_entailment = partial(_open, _entailment)
+open_nlvr = partial(_open, _nlvr)
+open_retrieval = partial(_open, _retrieval)
 
 
 @cache
-def digit_corpus(kind: str) -> Corpus:
-    """Returns the data of one of ``workers.tasks.DIGIT_KINDS``; always the same."""
-    task, write = _TASKS[kind]
+def digit_corpus(kind: str, task: str, write: Callable[[_Writer], None]) -> Corpus:
+    """Returns the data of a kind; always the same."""
     writers = {part: _Writer(part, np.random.default_rng([seed, *kind.encode()])) for part, seed in _PARTS.items()}
     drawn = []
     for writer in writers.values():

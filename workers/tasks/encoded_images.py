@@ -10,17 +10,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+import PIL.Image
 from numpy.typing import NDArray
 
 from workers.node.private_folder import private_folder
 from workers.tasks import TaskError
-from workers.tasks.image_sources import REPORT_FRACTION, Content, Images, Labels, cut
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from workers.tasks.pictures import REPORT_FRACTION, Content, Images, Labels, cut
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -36,8 +34,6 @@ def decode(content: Content, name: str, channels: int | None) -> Images:
     Raises:
         TaskError: it cannot be decoded.
     """
-    import PIL.Image
-
     if isinstance(content, np.ndarray):
         return content
     try:
@@ -63,14 +59,12 @@ def squash(image: Images, size: int) -> Images:
 
 def _scaled(image: Images, to: tuple[int, int], size: int) -> Images:
     """Resizes to (width, height) and crops the middle."""
-    import PIL.Image
-
     height, width, channels = image.shape
     if height == width == size:
         return image
     left, top = (to[0] - size) // 2, (to[1] - size) // 2
 
-    def one(pixels: Image) -> Images:
+    def one(pixels: PIL.Image.Image) -> Images:
         return np.asarray(pixels.resize(to, PIL.Image.Resampling.BILINEAR).crop((left, top, left + size, top + size)))
 
     if image.dtype == np.uint8 and channels == 3:
@@ -85,7 +79,7 @@ def threads() -> int:
 
 
 class EncodedSource(ABC):
-    """What folders and Parquet files have in common: see :class:`workers.tasks.image_sources.Source`."""
+    """What folders and Parquet files have in common: see :class:`workers.tasks.pictures.Source`."""
 
     digest: str
     labels: dict[str, Labels]
@@ -103,6 +97,16 @@ class EncodedSource(ABC):
             _, content, name = next(self.contents("train", np.zeros(1, dtype=np.int64)))
             self._channels = decode(content, name, None).shape[-1]
         return self._channels
+
+
+def open_folder(data: Mapping[str, Any]) -> FolderSource:
+    """Opens the folder that a section names."""
+    return FolderSource(Path(data["path"]))
+
+
+def open_parquet(data: Mapping[str, Any]) -> ParquetSource:
+    """Opens the Parquet file, or the folder of them, that a section names."""
+    return ParquetSource(Path(data["path"]))
 
 
 class FolderSource(EncodedSource):
@@ -164,7 +168,7 @@ class ParquetSource(EncodedSource):
 
     def _columns(self, file: Path) -> tuple[Labels, NDArray[np.str_], NDArray[np.str_]]:
         """Returns (labels, label names, part names) of one file's rows; empty texts where a column is missing."""
-        import pyarrow as pa
+        import pyarrow as pa  # a tenth of a second, which other data need not wait for
         import pyarrow.parquet as pq
 
         try:
@@ -193,7 +197,7 @@ class ParquetSource(EncodedSource):
 
     def contents(self, part: str, wanted: NDArray[np.int64]) -> Iterator[tuple[int, Content, str]]:
         """Goes through the files in order, one row group in memory at a time."""
-        import pyarrow.parquet as pq
+        import pyarrow.parquet as pq  # as above
 
         rows = self.rows[part][wanted]
         order = np.argsort(rows, kind="stable")

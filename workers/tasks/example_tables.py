@@ -41,7 +41,7 @@ from workers.tasks.corpus import (
     ten_answers,
 )
 from workers.tasks.encoded_images import file_digest, image_bytes
-from workers.tasks.image_sources import REPORT_FRACTION, Content
+from workers.tasks.pictures import REPORT_FRACTION, Content
 
 TEXT = ("sentence", "question", "hypothesis", "statement", "caption", "captions", "text")
 LABEL = ("label", "gold_label")
@@ -65,20 +65,20 @@ def table_files(path: Path) -> list[Path]:
     return []
 
 
-def read_tables(kind: str, path: Path, files: list[Path]) -> Corpus:
+def read_tables(task: str, path: Path, files: list[Path]) -> Corpus:
     """Reads the data of a task from ``files``, which ``path`` is or holds.
 
     Raises:
         TaskError: a column is missing, or an example is broken.
     """
-    pictures = TablePictures(files, _columns(kind, files[0]))
+    pictures = TablePictures(files, _columns(task, files[0]))
     found: dict[str, Collected] = {}
     for number, file in enumerate(files):
-        _read(kind, path, number, file, pictures, found)
-    parts = _parts(kind, path, {name: one for name, one in found.items() if one.texts})
+        _read(task, path, number, file, pictures, found)
+    parts = _parts(task, path, {name: one for name, one in found.items() if one.texts})
     named = [*map(file_digest, files), *(name for name in parts if name == "validation")]  # which was not read once
     pictures.digest = hashlib.sha256("".join(named).encode()).hexdigest()[:16]
-    return Corpus(kind, CLASSES[kind], pictures.digest, parts, pictures)
+    return Corpus(task, CLASSES[task], pictures.digest, parts, pictures)
 
 
 class TablePictures:
@@ -122,13 +122,13 @@ class TablePictures:
 # --- examples ---------------------------------------------------------------------------------------------------------
 
 
-def _columns(kind: str, file: Path) -> dict[str, str]:
+def _columns(task: str, file: Path) -> dict[str, str]:
     """Returns which column of the tables holds what."""
     names = _schema(file).names
     options: dict[str, tuple[str, ...]] = {"text": TEXT}
-    if kind == "vqa":
+    if task == "vqa":
         options["answers"] = ANSWERS
-    elif kind != "retrieval":
+    elif task != "retrieval":
         options["label"] = LABEL
     found = {}
     for what, known in options.items():
@@ -138,19 +138,19 @@ def _columns(kind: str, file: Path) -> dict[str, str]:
                 f"{file}: must have a column {' or '.join(known)}, has {', '.join(names)}; rename or add it"
             )
         found[what] = column
-    pictures = TWO_PICTURES if kind == "nlvr2" else ONE_PICTURE
+    pictures = TWO_PICTURES if task == "nlvr2" else ONE_PICTURE
     shown = next((pair for pair in pictures if all(one in names for one in pair)), None)
     if shown is None:
         wanted = " or ".join(" and ".join(pair) for pair in pictures)
-        raise TaskError(f"{file}: must have {wanted} for {kind}, has {', '.join(names)}; rename or add it")
+        raise TaskError(f"{file}: must have {wanted} for {task}, has {', '.join(names)}; rename or add it")
     found |= dict(zip(("picture", "second"), shown, strict=False))
     extra = {"same": SAME if len(shown) == 1 else (), "group": GROUP, "split": ("split",)}
     return found | {what: one for what, known in extra.items() for one in known[::-1] if one in names}
 
 
-def _read(kind: str, root: Path, number: int, file: Path, pictures: TablePictures, found: dict[str, Collected]) -> None:
+def _read(task: str, root: Path, number: int, file: Path, pictures: TablePictures, found: dict[str, Collected]) -> None:
     """Adds the examples of a file to the collections of their parts."""
-    columns = _columns(kind, file)
+    columns = _columns(task, file)
     names = _class_label_names(file, columns.get("label"))
     hashed = "same" not in columns
     wanted = [one for what, one in columns.items() if hashed or what not in ("picture", "second")]
@@ -163,9 +163,9 @@ def _read(kind: str, root: Path, number: int, file: Path, pictures: TablePicture
             name = f"{file} row {row}"
             part = str(values[columns["split"]]) if "split" in columns else by_file
             into = found.setdefault(part, Collected())
-            more = _targets(kind, values, columns, names, name)
+            more = _targets(task, values, columns, names, name)
             if more is None:
-                if kind != "entailment" or values[columns["label"]] not in NO_CONSENSUS:
+                if task != "entailment" or values[columns["label"]] not in NO_CONSENSUS:
                     unlabelled.setdefault(part, name)
                 continue
             same = None if hashed else values[columns["same"]]
@@ -174,22 +174,22 @@ def _read(kind: str, root: Path, number: int, file: Path, pictures: TablePicture
             )
             texts = values[columns["text"]]
             group = values[columns["group"]] if "group" in columns else None
-            for text in texts if isinstance(texts, list) and texts and kind == "retrieval" else [texts]:
+            for text in texts if isinstance(texts, list) and texts and task == "retrieval" else [texts]:
                 into.add(name, rows, text, group=group, **more)
     for part, name in unlabelled.items():
         if found[part].texts:
             raise TaskError(
-                f"{name}: must have {'answers' if kind == 'vqa' else 'a label'}, has none; fill or remove it"
+                f"{name}: must have {'answers' if task == 'vqa' else 'a label'}, has none; fill or remove it"
             )
 
 
 def _targets(
-    kind: str, values: Mapping[str, Any], columns: Mapping[str, str], names: list[str], name: str
+    task: str, values: Mapping[str, Any], columns: Mapping[str, str], names: list[str], name: str
 ) -> dict[str, Any] | None:
     """Returns label or answers of a row, None where it has none."""
-    if kind == "retrieval":
+    if task == "retrieval":
         return {}
-    if kind == "vqa":
+    if task == "vqa":
         given = values[columns["answers"]]
         if given is None or given == []:
             return None
@@ -199,7 +199,7 @@ def _targets(
         return None
     if names and isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names):
         label = names[label]
-    return {"label": checked_label(CLASSES[kind], label, name)}
+    return {"label": checked_label(CLASSES[task], label, name)}
 
 
 def _class_label_names(file: Path, column: str | None) -> list[str]:
@@ -218,7 +218,7 @@ def _part_name(file: Path, root: Path) -> str:
     return next((part for name in below for part in ("train", *REPORT_NAMES) if name.lower().startswith(part)), "")
 
 
-def _parts(kind: str, path: Path, found: dict[str, Collected]) -> dict[str, Part]:
+def _parts(task: str, path: Path, found: dict[str, Collected]) -> dict[str, Part]:
     """Returns the parts; a test part is cut from the training examples where the data names none."""
     for name in found:
         if name not in (meant := ("train", *REPORT_NAMES)) and name.strip().lower() in meant:
@@ -244,7 +244,7 @@ def _parts(kind: str, path: Path, found: dict[str, Collected]) -> dict[str, Part
         )
     parts = {"train": found["train"].part(), "test": found[test].part()}
     own = next((name for name in VALIDATION_NAMES if name in found and name != test), None)
-    if own is not None and kind == "retrieval":
+    if own is not None and task == "retrieval":
         parts["validation"] = found[own].part()
     return parts
 
@@ -253,7 +253,7 @@ def _parts(kind: str, path: Path, found: dict[str, Collected]) -> dict[str, Part
 
 
 def _schema(file: Path) -> Any:
-    import pyarrow as pa
+    import pyarrow as pa  # a tenth of a second, which other data need not wait for; so below
     import pyarrow.parquet as pq
 
     try:

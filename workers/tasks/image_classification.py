@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from workers.tasks import TaskError, TaskInfo, decoded
 from workers.tasks.batches import Split
 from workers.tasks.encoded_images import resize
-from workers.tasks.image_sources import ArraySource, Source, cut, open_source, task_info
+from workers.tasks.image_sources import ArraySource, open_source, task_info
+from workers.tasks.pictures import Source, cut
 
 __all__ = ["Split", "Task", "load"]
 

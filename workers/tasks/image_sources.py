@@ -1,60 +1,19 @@
-"""Where labelled images come from: arrays that ship with a library; encoded images have their own file.
-
-A source knows the labels of its ``train`` and ``test`` parts at once and decodes images when asked, so that limited
-splits read only what they use.
-"""
+"""Opens labelled images and judges their labels; the sources that are arrays. Encoded images have their own file."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
-from pathlib import Path
-from typing import Any, Protocol
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.tasks import IMAGE_KINDS, TaskError, TaskInfo
-
-REPORT_FRACTION = 0.2
-"""Share of the images that becomes the test part where the data names none; always cut with seed 0."""
-
-Labels = NDArray[np.int64]
-Images = NDArray[Any]
-Content = bytes | Path | Images
-
-
-class Pictures(Protocol):
-    """Images to decode, in parts.
-
-    Attributes:
-        digest: names the content.
-        channels: of every image.
-    """
-
-    digest: str
-
-    @property
-    def channels(self) -> int: ...
-
-    def contents(self, part: str, wanted: NDArray[np.int64]) -> Iterator[tuple[int, Content, str]]:
-        """Yields (position in ``wanted``, image, name for messages) in any order.
-
-        An image is (H, W, C) uint8 or float32, or the bytes or the path of a file to decode.
-        """
-        ...
-
-
-class Source(Pictures, Protocol):
-    """Labelled images in two parts.
-
-    Attributes:
-        labels: part (``train``, ``test``) to (N,) int64.
-    """
-
-    labels: dict[str, Labels]
-    class_names: tuple[str, ...]
+from workers.tasks import TaskError, TaskInfo
+from workers.tasks.encoded_images import decode
+from workers.tasks.opening import check_digest, opened, place
+from workers.tasks.pictures import REPORT_FRACTION, Content, Images, Labels, Source, cut
 
 
 def open_source(data: Mapping[str, Any]) -> Source:
@@ -63,36 +22,14 @@ def open_source(data: Mapping[str, Any]) -> Source:
     Raises:
         TaskError: it is missing or broken, or its content has another digest than ``data["digest"]``.
     """
-    kind, path = data["kind"], data.get("path")
-    if kind not in IMAGE_KINDS:
-        raise TaskError(f"data.kind must be one of {', '.join(IMAGE_KINDS)}, got {kind!r}")
-    from workers.tasks.encoded_images import FolderSource, ParquetSource
-
-    source: Source
-    if kind == "digits":
-        source = digits()
-    elif path is None:
-        raise TaskError(f"data.path must say where the {kind} data lies")
-    elif kind == "imagefolder":
-        source = FolderSource(Path(path))
-    elif kind == "parquet":
-        source = ParquetSource(Path(path))
-    else:
-        source = cifar(kind, str(path))
-    _check_labels(source, path or kind)
-    expected = data.get("digest")
-    if expected and expected != source.digest:
-        raise TaskError(
-            f"{path or kind}: content must be the study's (digest {expected}), this node's has digest {source.digest}; "
-            "copy the same data to every node, or start a new study for the new data"
-        )
+    source: Source = opened(data)
+    _check_labels(source, place(data))
+    check_digest(data, source.digest)
     return source
 
 
 def task_info(source: Source, data: Mapping[str, Any]) -> TaskInfo:
     """Returns number of classes, channels and side length, from the source's first training image."""
-    from workers.tasks.encoded_images import decode
-
     _, content, name = next(source.contents("train", np.zeros(1, dtype=np.int64)))
     image = decode(content, name, None)
     height, width, channels = image.shape
@@ -105,21 +42,7 @@ def task_info(source: Source, data: Mapping[str, Any]) -> TaskInfo:
     return TaskInfo(len(source.class_names), channels, int(size or height), source.class_names)
 
 
-def cut(labels: Labels, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Cuts ``fraction`` off every class at random. Returns (indices kept, indices cut), both ascending.
-
-    A class keeps at least one image, so every class of two images or more can be trained and tested.
-    """
-    generator = np.random.default_rng(seed)
-    held = [np.zeros(0, dtype=np.int64)]
-    for label in np.unique(labels):
-        members = generator.permutation(np.flatnonzero(labels == label))
-        held.append(members[: min(max(round(fraction * len(members)), int(fraction > 0)), len(members) - 1)])
-    off = np.sort(np.concatenate(held))
-    return np.setdiff1d(np.arange(len(labels)), off, assume_unique=True), off
-
-
-def _check_labels(source: Source, name: object) -> None:
+def _check_labels(source: Source, name: str) -> None:
     """Raises TaskError unless labels are 0..C-1, each present in training."""
     classes = len(source.class_names)
     for part, labels in source.labels.items():
@@ -139,7 +62,7 @@ def _check_labels(source: Source, name: object) -> None:
         )
 
 
-# --- arrays that ship with a library ----------------------------------------------------------------------------------
+# --- arrays -----------------------------------------------------------------------------------------------------------
 
 
 class ArraySource:
@@ -167,10 +90,15 @@ class ArraySource:
             yield position, self.arrays[part][index], f"{part} image {index}"
 
 
+def open_digits(data: Mapping[str, Any]) -> ArraySource:
+    """Opens the digits, whatever the section says."""
+    return digits()
+
+
 @cache
 def digits() -> ArraySource:
     """scikit-learn's handwritten digits: 1,797 images of 8x8, float32 from 0 to 16 (UCI Optical Recognition, 1998)."""
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # seconds, which other data need not wait for
 
     found = load_digits()
     images = np.ascontiguousarray(found.images, dtype=np.float32)[..., None]
@@ -185,13 +113,18 @@ def digits() -> ArraySource:
     )
 
 
-def cifar(kind: str, root: str) -> ArraySource:
-    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009) through torchvision, downloaded to ``root`` if it is not there."""
+def _open_cifar(name: str, data: Mapping[str, Any]) -> ArraySource:
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009) through torchvision, downloaded to the path if it is not there.
+
+    Args:
+        name: of torchvision's class.
+    """
+    kind, root = data["kind"], str(data["path"])
     try:
-        from torchvision import datasets
+        from torchvision import datasets  # imports torch, and other data does without a torchvision that fits it
     except (ImportError, RuntimeError) as error:
         raise TaskError(f"data.kind {kind} needs the torchvision that matches torch: {error}") from error
-    factory = datasets.CIFAR10 if kind == "cifar10" else datasets.CIFAR100
+    factory = getattr(datasets, name)
     parts = {}
     for part in ("train", "test"):
         try:
@@ -210,3 +143,7 @@ def cifar(kind: str, root: str) -> ArraySource:
         parts["train"].classes,
         hashlib.sha256(f"{kind} {factory.tgz_md5}".encode()).hexdigest()[:16],
     )
+
+
+open_cifar10 = partial(_open_cifar, "CIFAR10")
+open_cifar100 = partial(_open_cifar, "CIFAR100")

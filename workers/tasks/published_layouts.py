@@ -6,17 +6,19 @@ Annotations and pictures may lie anywhere below the folder: both are found by th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.tasks import TaskError
+from workers.tasks import TaskError, kind_of
 from workers.tasks.corpus import CLASSES, NO_CONSENSUS, Collected, Corpus, checked_label, ten_answers
 from workers.tasks.encoded_images import IMAGE_SUFFIXES, folder_digest
-from workers.tasks.image_sources import Content
+from workers.tasks.example_tables import read_tables, table_files
+from workers.tasks.pictures import Content
 
 
 class FilePictures:
@@ -58,28 +60,9 @@ class FilePictures:
         return self._rows[name]
 
     def contents(self, part: str, wanted: NDArray[np.int64]) -> Iterator[tuple[int, Content, str]]:
-        """See :class:`workers.tasks.image_sources.Pictures`."""
+        """See :class:`workers.tasks.pictures.Pictures`."""
         for position, row in enumerate(wanted.tolist()):
             yield position, self.files[row], f"{self.files[row]} (picture of {self._shown_by[row]})"
-
-
-def read_published(kind: str, root: Path) -> Corpus:
-    """Reads the data of a task from its published files.
-
-    Raises:
-        TaskError: files are missing, or an example is broken.
-    """
-    if not root.is_dir():
-        raise TaskError(f"{root}: must be a folder with the published files, or a Parquet file")
-    pictures = FilePictures(root)
-    reader = {"vqa": _vqa, "entailment": _snli_ve, "nlvr2": _nlvr, "nlvr1": _nlvr, "retrieval": _captions}[kind]
-    found, annotations = reader(kind, root, pictures)
-    for part, examples in found.items():
-        if not examples.texts:
-            raise TaskError(f"{root}: the {part} part must hold examples, it is empty")
-    pictures.digest = folder_digest(root, sorted({*annotations, *pictures.files}))
-    parts = {part: examples.part() for part, examples in found.items()}
-    return Corpus(kind, CLASSES[kind], pictures.digest, parts, pictures)
 
 
 KARPATHY = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
@@ -88,11 +71,38 @@ KARPATHY = {"train": "train", "restval": "train", "val": "validation", "test": "
 Read = tuple[dict[str, Collected], list[Path]]
 """Examples of each part, and the files of annotations that they were read from."""
 
+Layout = Callable[[str, Path, FilePictures], Read]
+"""Reads the annotations of a task below a folder."""
+
+
+def _open(layout: Layout, data: Mapping[str, Any]) -> Corpus:
+    """Opens the data of a section: tables where its path is or holds some, else published files.
+
+    Raises:
+        TaskError: files are missing, or an example is broken.
+    """
+    task, path = kind_of(data).task, Path(data["path"])
+    tables = table_files(path)
+    return read_tables(task, path, tables) if tables else _read_published(layout, task, path)
+
+
+def _read_published(layout: Layout, task: str, root: Path) -> Corpus:
+    if not root.is_dir():
+        raise TaskError(f"{root}: must be a folder with the published files, or a Parquet file")
+    pictures = FilePictures(root)
+    found, annotations = layout(task, root, pictures)
+    for part, examples in found.items():
+        if not examples.texts:
+            raise TaskError(f"{root}: the {part} part must hold examples, it is empty")
+    pictures.digest = folder_digest(root, sorted({*annotations, *pictures.files}))
+    parts = {part: examples.part() for part, examples in found.items()}
+    return Corpus(task, CLASSES[task], pictures.digest, parts, pictures)
+
 
 # --- one layout each --------------------------------------------------------------------------------------------------
 
 
-def _vqa(kind: str, root: Path, pictures: FilePictures) -> Read:
+def _vqa(task: str, root: Path, pictures: FilePictures) -> Read:
     """``*train2014_questions.json`` and ``*train2014_annotations.json``, the same of ``val2014``: the report part."""
     found: dict[str, Collected] = {}
     used: list[Path] = []
@@ -124,7 +134,7 @@ def _numbered(file: Path, key: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         yield number, one
 
 
-def _snli_ve(kind: str, root: Path, pictures: FilePictures) -> Read:
+def _snli_ve(task: str, root: Path, pictures: FilePictures) -> Read:
     """``snli_ve_train.jsonl`` and ``snli_ve_test.jsonl``, else ``snli_ve_dev.jsonl``; pictures of Flickr30k."""
     files = {"train": _one(root, "snli_ve_train.jsonl"), "test": _one(root, "snli_ve_test.jsonl", "snli_ve_dev.jsonl")}
     found = {part: Collected() for part in files}
@@ -133,12 +143,12 @@ def _snli_ve(kind: str, root: Path, pictures: FilePictures) -> Read:
             if one.get("gold_label") in NO_CONSENSUS:
                 continue
             picture = pictures.row(f"{_key(one, 'Flickr30K_ID', name)}.jpg", name)
-            label = checked_label(CLASSES[kind], one.get("gold_label"), name)
+            label = checked_label(CLASSES[task], one.get("gold_label"), name)
             found[part].add(name, (picture,), one.get("sentence2"), label=label)
     return found, list(files.values())
 
 
-def _nlvr(kind: str, root: Path, pictures: FilePictures) -> Read:
+def _nlvr(task: str, root: Path, pictures: FilePictures) -> Read:
     """``train.json`` and ``test1.json``, ``test.json`` or ``dev.json``, a JSON object a line.
 
     Pictures of NLVR2 are ``<identifier without its last number>-img0.png`` and ``-img1.png``; of NLVR1 the first of six
@@ -152,14 +162,14 @@ def _nlvr(kind: str, root: Path, pictures: FilePictures) -> Read:
             identifier = str(_key(one, "identifier", name))
             pair = identifier.rsplit("-", 1)[0]
             one_picture = (f"{file.stem}-{identifier}-0.png",)
-            shown = (f"{pair}-img0.png", f"{pair}-img1.png") if kind == "nlvr2" else one_picture
-            label = checked_label(CLASSES[kind], one.get("label"), name)
+            shown = (f"{pair}-img0.png", f"{pair}-img1.png") if task == "nlvr2" else one_picture
+            label = checked_label(CLASSES[task], one.get("label"), name)
             rows = tuple(pictures.row(picture, name) for picture in shown)
             found[part].add(name, rows, one.get("sentence"), label=label, group=one.get("directory"))
     return found, list(files.values())
 
 
-def _captions(kind: str, root: Path, pictures: FilePictures) -> Read:
+def _captions(task: str, root: Path, pictures: FilePictures) -> Read:
     """Karpathy's ``dataset_flickr30k.json``, or that of another data set: ``split`` and ``sentences`` of every image."""
     file = _one(root, "dataset_flickr30k.json", "dataset_*.json")
     found = {"train": Collected(), "test": Collected(), "validation": Collected()}
@@ -182,6 +192,11 @@ def _captions(kind: str, root: Path, pictures: FilePictures) -> Read:
             found[KARPATHY[split]].add(said, (row,), _object(sentence, said).get("raw"))
     return {part: one for part, one in found.items() if one.texts or part != "validation"}, [file]
 
+
+open_vqa = partial(_open, _vqa)
+open_snli_ve = partial(_open, _snli_ve)
+open_nlvr = partial(_open, _nlvr)
+open_captions = partial(_open, _captions)
 
 # --- files ------------------------------------------------------------------------------------------------------------
 

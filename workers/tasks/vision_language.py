@@ -7,14 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from workers.tasks import DIGIT_KINDS, TEXT_DEFAULTS, TaskError, TaskInfo, decoded, example_index
+from workers.tasks import TEXT_DEFAULTS, TaskError, TaskInfo, decoded, example_index
 from workers.tasks.answers import vocabulary_digest
 from workers.tasks.corpus import ArrayPictures, Corpus
-from workers.tasks.digit_tasks import digit_corpus
 from workers.tasks.example_splits import Splits, cut, task_info
-from workers.tasks.example_tables import read_tables, table_files
 from workers.tasks.examples import Examples
-from workers.tasks.published_layouts import read_published
+from workers.tasks.opening import check_digest, opened
 
 __all__ = ["VisionLanguageTask", "data_digest", "info", "load"]
 
@@ -87,20 +85,8 @@ def open_corpus(data: Mapping[str, Any]) -> Corpus:
     Raises:
         TaskError: it is missing or broken, or its content has another digest than ``data["digest"]``.
     """
-    kind, path = data["kind"], data.get("path")
-    if kind in DIGIT_KINDS:
-        corpus = digit_corpus(kind)
-    elif path is None:
-        raise TaskError(f"data.path must say where the {kind} data lies")
-    else:
-        files = table_files(Path(path))
-        corpus = read_tables(kind, Path(path), files) if files else read_published(kind, Path(path))
-    expected = data.get("digest")
-    if expected and expected != corpus.digest:
-        raise TaskError(
-            f"{path or kind}: content must be the study's (digest {expected}), this node's has digest {corpus.digest}; "
-            "copy the same data to every node, or start a new study for the new data"
-        )
+    corpus: Corpus = opened(data)
+    check_digest(data, corpus.digest)
     return corpus
 
 

@@ -20,7 +20,7 @@ from tests import exports
 from tests.exports import Study, close, logits
 from workers import artefact, models, tasks
 from workers.artefact.export_formats import ExportFormat
-from workers.tasks.digit_tasks import digit_corpus
+from workers.tasks import KINDS
 from workers.tasks.image_classification import Split
 from workers.tasks.vision_language import VisionLanguageTask
 
@@ -145,7 +145,7 @@ def test_the_cards_code_answers_questions_as_the_study_does(tmp_path: Path, monk
     rows, inputs, _ = next(task.report.batches(3))
     names: dict[str, Any] = {
         "images": task.report.images[task.report.pictures[rows.numpy(), 0]],
-        "texts": digit_corpus("digit_vqa").parts["test"].texts[:3],
+        "texts": KINDS["digit_vqa"].open({"kind": "digit_vqa"}).parts["test"].texts[:3],
     }
     monkeypatch.chdir(tmp_path)
     for block in re.findall(r"```python\n(.*?)```", "\n".join(usage(export)), re.DOTALL):

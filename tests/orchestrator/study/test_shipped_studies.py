@@ -8,10 +8,9 @@ import pytest
 
 from orchestrator.study import load
 from orchestrator.study.load import StudyConfig, load_study
-from orchestrator.study.tasks import TASKS
 from tests.study_files import minimal
 from workers import tasks
-from workers.tasks import TaskInfo, TextInfo
+from workers.tasks import KINDS, TaskInfo, TextInfo
 from workers.trial import OBJECTIVES
 
 
@@ -56,7 +55,7 @@ def shipped_data(study: StudyConfig) -> TaskInfo:
         return TaskInfo(CIFAR[study.data.kind], 3, 224, tuple(map(str, range(CIFAR[study.data.kind]))))
     if study.name in SHIPPED_DATA:
         return SHIPPED_DATA[study.name]
-    task, side = TASKS[study.data.kind], study.data.image_size or 0
+    task, side = KINDS[study.data.kind].task, study.data.image_size or 0
     names = tuple(map(str, range(CLASSES[task])))
     return TaskInfo(CLASSES[task], 3, side, names, task, TEXTS[study.model.family])
 

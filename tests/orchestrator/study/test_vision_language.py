@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from orchestrator.report.sentences import model_text
-from orchestrator.study.data import VISION_LANGUAGE_KEYS, DataSection
+from orchestrator.study.data import VISION_LANGUAGE_KEYS
 from orchestrator.study.load import StudyConfig, StudyError, check_same_study, load_study
 from orchestrator.study.space import SearchSpace
-from orchestrator.study.tasks import TASKS, accuracies_of
+from orchestrator.study.tasks import accuracies_of
 from orchestrator.study.yaml_lines import Fault
 from orchestrator.sweep.plan import technique_rows
 from tests.studies import tiny_study
@@ -65,7 +65,7 @@ def test_every_embedded_task_may_be_asked_of_both_families(kind: str, objectives
     assert load_study(found.to_dict()) == found
 
 
-@pytest.mark.parametrize("kind", [kind for kind, task in TASKS.items() if kind == task])
+@pytest.mark.parametrize("kind", [kind.name for kind in KINDS.values() if kind.name == kind.task])
 def test_kinds_from_files_need_a_path(tmp_path: Path, kind: str) -> None:
     objectives = list(accuracies_of(kind))
     assert faults_of(study(data={"kind": kind}, objectives=objectives)).keys() == {"data.path"}
@@ -74,11 +74,11 @@ def test_kinds_from_files_need_a_path(tmp_path: Path, kind: str) -> None:
 
 
 def test_every_kind_has_a_task_and_every_task_an_accuracy() -> None:
-    from workers.models.vision_language import TASKS as MODELS_TASKS
+    from workers.models.vision_language import TASKS
 
-    assert set(DataSection.model_fields["kind"].annotation.__args__) == set(TASKS) == set(KINDS)  # type: ignore[union-attr]
-    assert set(TASKS.values()) == {"image_classification", *MODELS_TASKS}
-    assert {name for task in TASKS.values() for name in accuracies_of(task)} == set(ACCURACIES)
+    tasks = {kind.task for kind in KINDS.values()}
+    assert tasks == {"image_classification", *TASKS}
+    assert {name for task in tasks for name in accuracies_of(task)} == set(ACCURACIES)
 
 
 def test_published_weights_and_a_model_by_its_settings_alone() -> None:
@@ -307,7 +307,7 @@ INFO = {
 
 def info_of(found: StudyConfig) -> ModelInfo:
     model = {"family": found.model.family, "name": found.model.name, "create": found.model.settings()}
-    return models.model_info(models.build(model, INFO[TASKS[found.data.kind]], device="meta"))
+    return models.model_info(models.build(model, INFO[KINDS[found.data.kind].task], device="meta"))
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def info_of(found: StudyConfig) -> ModelInfo:
 def test_a_plan_says_what_the_model_sees(kind: str, family: str, said: str) -> None:
     from orchestrator.sweep.plan import _model_line
 
-    objectives = [*accuracies_of(TASKS[kind])]
+    objectives = [*accuracies_of(KINDS[kind].task)]
     found = load_study(
         study(model={"family": family, "name": f"{family}_tiny"}, data={"kind": kind}, objectives=objectives)
     )

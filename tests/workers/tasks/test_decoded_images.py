@@ -130,7 +130,7 @@ def test_images_in_memory_that_are_resized_are_kept_by_the_node(
     generator = np.random.default_rng(0)
     arrays = {part: generator.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8) for part in ("train", "test")}
     source = ArraySource(arrays, {part: np.arange(20) % 2 for part in arrays}, ["a", "b"], "0" * 16)
-    monkeypatch.setattr(image_sources, "cifar", lambda kind, path: source)
+    monkeypatch.setattr(image_sources, "open_cifar10", lambda data: source)
     data = {"kind": "cifar10", "path": str(tmp_path), "search_fraction": 0.5}
     plain = tasks.load(data)
     assert not isinstance(plain.train.images, np.memmap)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from workers import tasks
-from workers.tasks import DIGIT_KINDS, answers
+from workers.tasks import KINDS, answers
+from workers.tasks.corpus import Corpus
 from workers.tasks.digit_tasks import COLOURS, DIGITS, digit_corpus
 from workers.tasks.image_sources import digits
 
@@ -20,7 +21,11 @@ CHANCE = {"digit_vqa": 0.40, "digit_entailment": 1 / 3, "digit_nlvr": 1 / 2}
 NAMED = rf"({'|'.join(COLOURS)}) (\w+)"
 
 
-@pytest.fixture(scope="module", params=DIGIT_KINDS)
+def opened(kind: str) -> Corpus:
+    return KINDS[kind].open({"kind": kind})
+
+
+@pytest.fixture(scope="module", params=[kind for kind in KINDS if kind.startswith("digit_")])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -69,9 +74,9 @@ def test_splits_are_small_balanced_and_of_their_task(kind: str) -> None:
 
 
 def test_the_data_is_always_the_same(kind: str) -> None:
-    first = digit_corpus(kind)
+    first = opened(kind)
     digit_corpus.cache_clear()
-    again = digit_corpus(kind)
+    again = opened(kind)
     assert again.digest == first.digest == tasks.data_digest({"kind": kind})
     assert again is not first
 
@@ -94,7 +99,7 @@ def test_no_handwriting_of_one_split_is_in_another(kind: str) -> None:
 
 
 def test_texts_tell_what_the_pictures_show() -> None:
-    part, images = digit_corpus("digit_retrieval").parts["test"], digit_corpus("digit_retrieval").pictures.images
+    part, images = opened("digit_retrieval").parts["test"], opened("digit_retrieval").pictures.images
     right = total = 0
     for row in range(0, 150, 3):
         cells = seen(images[part.pictures[row, 0]])
@@ -108,7 +113,7 @@ def test_texts_tell_what_the_pictures_show() -> None:
 
 
 def test_entailment_by_eye() -> None:
-    corpus = digit_corpus("digit_entailment")
+    corpus = opened("digit_entailment")
     part, wrong = corpus.parts["test"], 0
     for row in range(150):
         cells = seen(corpus.pictures.images[part.pictures[row, 0]])
@@ -125,7 +130,7 @@ def test_entailment_by_eye() -> None:
 
 
 def test_statements_about_two_pictures_by_eye() -> None:
-    corpus = digit_corpus("digit_nlvr")
+    corpus = opened("digit_nlvr")
     part, wrong = corpus.parts["test"], 0
     for row in range(200):
         pictures = [seen(corpus.pictures.images[picture]) for picture in part.pictures[row]]
@@ -158,7 +163,7 @@ def test_the_text_alone_is_no_better_than_chance(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["digit_entailment", "digit_nlvr"])
 def test_the_pictures_alone_are_worth_chance(kind: str) -> None:
     """Every picture, or pair, has as many examples of each class: whatever is said of it alone is right as often as not."""
-    part = digit_corpus(kind).parts["test"]
+    part = opened(kind).parts["test"]
     of_picture = defaultdict(Counter)
     for shown, label in zip(part.pictures.tolist(), part.labels.tolist(), strict=True):
         of_picture[tuple(shown)][label] += 1
@@ -173,12 +178,12 @@ def test_vqa_annotators_disagree_and_agree_on_the_truth() -> None:
     scores = np.asarray(task.train.answers)
     assert np.unique(scores).tolist() == pytest.approx([0.0, 0.3, 0.6, 0.9, 1.0])
     assert (scores.max(axis=1) >= 0.9).all()
-    raw = Counter(answer for given in digit_corpus("digit_vqa").parts["train"].answers or () for answer in given)
+    raw = Counter(answer for given in opened("digit_vqa").parts["train"].answers or () for answer in given)
     assert {"seven", "7", "Yes.", "yes"} <= raw.keys()
 
 
 def test_captions_name_one_picture() -> None:
-    part = digit_corpus("digit_retrieval").parts["test"]
+    part = opened("digit_retrieval").parts["test"]
     facts = defaultdict(set)
     for text, (picture,) in zip(part.texts, part.pictures.tolist(), strict=True):
         facts[frozenset(re.findall(NAMED, text))].add(picture)

@@ -17,7 +17,7 @@ from tests.places import DATA
 from workers import tasks
 from workers.tasks import TaskError, TaskInfo
 from workers.tasks.encoded_images import resize
-from workers.tasks.image_sources import cut
+from workers.tasks.pictures import cut
 
 CIFAR = DATA / "cifar10_subset.parquet"
 CIFAR_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

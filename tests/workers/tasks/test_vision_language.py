@@ -17,7 +17,7 @@ from tests import vl_layouts
 from tests.places import DATA
 from tests.vl_layouts import COUNTS, LAYOUTS, SIZE, entailment, jpg, nlvr1, nlvr2, retrieval, rows, save_to_disk, vqa
 from workers import tasks
-from workers.tasks import TaskError, answers, corpus, published_layouts, vision_language
+from workers.tasks import TaskError, answers, corpus, vision_language
 
 NLVR1 = DATA / "nlvr1.parquet"
 
@@ -49,7 +49,7 @@ def test_published_files_become_examples(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_no_picture_is_in_training_and_search(kind: str, tmp_path: Path) -> None:
     data = LAYOUTS[kind](tmp_path)
-    found = published_layouts.read_published(kind, tmp_path).parts["train"]
+    found = vision_language.open_corpus(data).parts["train"]
     for seed in range(4):
         kept, off = corpus.cut_groups(found.groups, 0.2, seed)
         assert len(kept)
@@ -60,12 +60,8 @@ def test_no_picture_is_in_training_and_search(kind: str, tmp_path: Path) -> None
 
 
 def test_nlvr1_keeps_directories_together(tmp_path: Path) -> None:
-    nlvr1(tmp_path)
-    assert Counter(published_layouts.read_published("nlvr1", tmp_path).parts["train"].groups.tolist()) == {
-        0: 4,
-        1: 4,
-        2: 4,
-    }
+    groups = vision_language.open_corpus(nlvr1(tmp_path)).parts["train"].groups
+    assert Counter(groups.tolist()) == {0: 4, 1: 4, 2: 4}
 
 
 def test_vqa_has_the_answers_of_its_annotators(tmp_path: Path) -> None:
