@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-from workers.tasks.kinds import IMAGES, KINDS, TEXT_DEFAULTS, DataKind
+from workers.tasks.kinds import KINDS, TEXT_DEFAULTS, DataKind, kind_of
+from workers.tasks.task_info import IMAGES, TaskError, TaskInfo, TextInfo
 
 if TYPE_CHECKING:
     from workers.tasks.batches import TaskData
@@ -26,50 +26,6 @@ __all__ = [
 ]
 
 
-class TaskError(ValueError):
-    """The data cannot be used; the message names the file, the row, the rule and the remedy."""
-
-
-@dataclass(frozen=True)
-class TextInfo:
-    """What a model needs to know of texts: ids below ``vocab_size``, at most ``max_tokens`` of them, ``pad_id`` after the end."""
-
-    vocab_size: int
-    max_tokens: int
-    pad_id: int
-
-
-@dataclass(frozen=True)
-class TaskInfo:
-    """What a model needs to know of the data.
-
-    Attributes:
-        num_classes: logits of an example: classes, answers of the vocabulary; 1 for retrieval, the score of a pair.
-        image_size: side length in pixels of the square images.
-        task: ``image_classification``, or a vision-language one: a key of ``workers.models.vision_language.TASKS``.
-        text: of the texts, None where examples are images alone.
-    """
-
-    num_classes: int
-    in_chans: int
-    image_size: int
-    class_names: tuple[str, ...]
-    task: str = IMAGES
-    text: TextInfo | None = None
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Reads what ``dataclasses.asdict`` and JSON made of it."""
-        text = values["text"]
-        return cls(
-            **{
-                **values,
-                "class_names": tuple(values["class_names"]),
-                "text": None if text is None else TextInfo(**text),
-            }
-        )
-
-
 def load(data: Mapping[str, Any]) -> TaskData:
     """Loads the data and cuts its splits.
 
@@ -82,10 +38,10 @@ def load(data: Mapping[str, Any]) -> TaskData:
         TaskError: the data is missing or broken, or is not the data of ``digest``.
     """
     if kind_of(data).task != IMAGES:
-        from workers.tasks import vision_language  # these import torch
+        from workers.tasks import vision_language  # imports torch
 
         return vision_language.load(data)
-    from workers.tasks import image_classification
+    from workers.tasks import image_classification  # imports torch
 
     return image_classification.load(data)
 
@@ -123,14 +79,3 @@ def data_digest(data: Mapping[str, Any]) -> str:
     from workers.tasks import image_sources  # imports numpy and Pillow
 
     return image_sources.open_source(data).digest
-
-
-def kind_of(data: Mapping[str, Any]) -> DataKind:
-    """Returns the kind of a data section.
-
-    Raises:
-        TaskError: there is none of that name.
-    """
-    if data["kind"] not in KINDS:
-        raise TaskError(f"data.kind must be one of {', '.join(KINDS)}, got {data['kind']!r}")
-    return KINDS[data["kind"]]

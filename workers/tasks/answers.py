@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.tasks import TaskError
+from workers.tasks.task_info import TaskError
 
 ANNOTATORS = 10
 """Answers that a question has."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from workers.inputs import Inputs
-from workers.tasks import TaskInfo
+from workers.tasks.task_info import TaskInfo
 
 Distort = Callable[[NDArray[Any], Sequence[int], int], NDArray[Any]]
 """((B, H, W, C) uint8, indices of the images, epoch) -> the same shape; a plain value that goes to other processes."""

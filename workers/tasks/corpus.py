@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.tasks import TaskError
 from workers.tasks.answers import ANNOTATORS
 from workers.tasks.pictures import Content, Images, Pictures
+from workers.tasks.task_info import TaskError
 
 ENTAILMENT = ("entailment", "neutral", "contradiction")
 """Classes of visual entailment, in the order of SNLI's numbers."""

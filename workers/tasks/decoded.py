@@ -25,9 +25,9 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from workers.tasks import TaskError, TaskInfo
 from workers.tasks.encoded_images import cache_folder, decode, resize, squash, threads, write_atomic
 from workers.tasks.pictures import Content, Images, Pictures
+from workers.tasks.task_info import TaskError, TaskInfo
 
 DECODER = 2
 """Raised when the same bytes would give other pixels. The version of Pillow counts too."""

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.tasks import kind_of
 from workers.tasks.corpus import CLASSES, ENTAILMENT, ArrayPictures, Corpus, Part
 from workers.tasks.image_sources import digits
+from workers.tasks.kinds import kind_of
 
 CELL, GRID = 8, 4
 SIDE = CELL * GRID

@@ -17,8 +17,8 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from workers.node.private_folder import private_folder
-from workers.tasks import TaskError
 from workers.tasks.pictures import REPORT_FRACTION, Content, Images, Labels, cut
+from workers.tasks.task_info import TaskError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 

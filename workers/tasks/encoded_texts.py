@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.tasks import TaskError, TextInfo
 from workers.tasks.corpus import Corpus
+from workers.tasks.task_info import TaskError, TextInfo
 from workers.tasks.tokenisers import open_tokeniser, padded
 
 

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.tasks import TEXT_DEFAULTS, TaskInfo, decoded
+from workers.tasks import decoded
 from workers.tasks.answers import SoftScores
 from workers.tasks.encoded_images import cache_folder, write_atomic
 from workers.tasks.example_splits import Splits
 from workers.tasks.examples import Examples
+from workers.tasks.kinds import TEXT_DEFAULTS
+from workers.tasks.task_info import TaskInfo
 from workers.tasks.tokenisers import folder_fingerprint
 
 VERSION = 2

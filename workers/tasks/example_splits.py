@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.tasks import TaskError, TaskInfo, answers, decoded
+from workers.tasks import answers, decoded
 from workers.tasks.corpus import ArrayPictures, Corpus, cut_groups, limited
 from workers.tasks.encoded_images import decode, squash
 from workers.tasks.encoded_texts import EncodedTexts
 from workers.tasks.examples import Examples
+from workers.tasks.task_info import TaskError, TaskInfo
 
 CHANNELS = 3
 """Of every picture; grey ones are converted."""

@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.tasks import TaskError
 from workers.tasks.corpus import (
     CLASSES,
     NO_CONSENSUS,
@@ -42,6 +41,7 @@ from workers.tasks.corpus import (
 )
 from workers.tasks.encoded_images import file_digest, image_bytes
 from workers.tasks.pictures import REPORT_FRACTION, Content
+from workers.tasks.task_info import TaskError
 
 TEXT = ("sentence", "question", "hypothesis", "statement", "caption", "captions", "text")
 LABEL = ("label", "gold_label")

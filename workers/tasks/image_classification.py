@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.tasks import TaskError, TaskInfo, decoded
+from workers.tasks import decoded
 from workers.tasks.batches import Split
 from workers.tasks.encoded_images import resize
 from workers.tasks.image_sources import ArraySource, open_source, task_info
 from workers.tasks.pictures import Source, cut
+from workers.tasks.task_info import TaskError, TaskInfo
 
 __all__ = ["Split", "Task", "load"]
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.tasks import TaskError, TaskInfo
 from workers.tasks.encoded_images import decode
 from workers.tasks.opening import check_digest, opened, place
 from workers.tasks.pictures import REPORT_FRACTION, Content, Images, Labels, Source, cut
+from workers.tasks.task_info import TaskError, TaskInfo
 
 
 def open_source(data: Mapping[str, Any]) -> Source:

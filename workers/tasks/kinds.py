@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
-IMAGES = "image_classification"
-"""The task of images alone."""
+from workers.tasks.task_info import IMAGES, TaskError
 
 PathRule = Literal["needed", "fetched", "forbidden", "unused"]
 """``data.path`` must say where the data lies; or where it is downloaded to if it does not lie there; or must be left out;
@@ -86,3 +85,14 @@ TEXT_DEFAULTS: Mapping[str, Any] = {
 
 ``answers`` may also be the path of a file of answers, or ``{path, digest}``; see :mod:`workers.tasks.answers`.
 """
+
+
+def kind_of(data: Mapping[str, Any]) -> DataKind:
+    """Returns the kind of a data section.
+
+    Raises:
+        TaskError: there is none of that name.
+    """
+    if data["kind"] not in KINDS:
+        raise TaskError(f"data.kind must be one of {', '.join(KINDS)}, got {data['kind']!r}")
+    return KINDS[data["kind"]]

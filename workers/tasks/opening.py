@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from workers.tasks import TaskError, kind_of
+from workers.tasks.kinds import kind_of
+from workers.tasks.task_info import TaskError
 
 
 def opened(data: Mapping[str, Any]) -> Any:

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.tasks import TaskError, kind_of
 from workers.tasks.corpus import CLASSES, NO_CONSENSUS, Collected, Corpus, checked_label, ten_answers
 from workers.tasks.encoded_images import IMAGE_SUFFIXES, folder_digest
 from workers.tasks.example_tables import read_tables, table_files
+from workers.tasks.kinds import kind_of
 from workers.tasks.pictures import Content
+from workers.tasks.task_info import TaskError
 
 
 class FilePictures:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.tasks import TaskError
+from workers.tasks.task_info import TaskError
 
 SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 """The first words of every vocabulary of words: ids 0 to 3."""

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from workers.tasks import TEXT_DEFAULTS, TaskError, TaskInfo, decoded, example_index
+from workers.tasks import decoded, example_index
 from workers.tasks.answers import vocabulary_digest
 from workers.tasks.corpus import ArrayPictures, Corpus
 from workers.tasks.example_splits import Splits, cut, task_info
 from workers.tasks.examples import Examples
+from workers.tasks.kinds import TEXT_DEFAULTS
 from workers.tasks.opening import check_digest, opened
+from workers.tasks.task_info import TaskError, TaskInfo
 
 __all__ = ["VisionLanguageTask", "data_digest", "info", "load"]
 

@@ -164,7 +164,6 @@ TABLE = "workers/tasks/kinds.py"
 
 FILE_FORMATS = {
     ("orchestrator/cli/io.py", "parquet"): "in which a command writes its table",
-    ("orchestrator/words/rows.py", "parquet"): "in which rows are written",
     ("workers/tasks/example_tables.py", "parquet"): "the ending of a file",
 }
 """Words that are a kind's name and mean something else."""
