@@ -36,9 +36,6 @@ __all__ = [
     "skeleton",
 ]
 
-# transformers imports torchao, which at its import registers types in a way that torch 2.15 calls deprecated
-logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-
 log = logging.getLogger("vitpareto")
 
 FAMILIES = {"timm": "timm_vit", "vilt": "vilt", "meter": "meter"}

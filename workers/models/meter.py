@@ -19,13 +19,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import RobertaConfig
-from transformers.models.clip import modeling_clip
-from transformers.models.roberta import modeling_roberta
 
 from workers.model_info import ModelInfo
 from workers.models import vision_language as vl
 from workers.models.timm_vit import ModelError
+
+with vl.quiet_registration():
+    from transformers import RobertaConfig
+    from transformers.models.clip import modeling_clip
+    from transformers.models.roberta import modeling_roberta
 
 _clip: Any = modeling_clip  # their constructors are not typed, and their configurations not in full
 _roberta: Any = modeling_roberta

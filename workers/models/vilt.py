@@ -21,12 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import ViltConfig
-from transformers.models.vilt import modeling_vilt
 
 from workers.model_info import ModelInfo
 from workers.models import vision_language as vl
 from workers.models.timm_vit import ModelError
+
+with vl.quiet_registration():
+    from transformers import ViltConfig
+    from transformers.models.vilt import modeling_vilt
 
 _parts: Any = modeling_vilt  # its constructors are not typed
 

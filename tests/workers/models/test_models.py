@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.places import ROOT
 from workers import models
 from workers.tasks import TaskInfo
 
@@ -180,3 +183,11 @@ def test_mismatching_checkpoint_lists_every_kind_of_fault_and_changes_nothing(tm
     assert "1 unexpected: extra" in text
     assert "head.weight is (7, 32), the model has (10, 32)" in text
     assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["vilt", "meter"])
+def test_importing_a_family_says_nothing_and_silences_nothing(family: str) -> None:
+    told = "logging.getLogger('torch.utils._pytree').level"
+    code = f"import logging, torch; before = {told}; import workers.models.{family}; assert {told} == before"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stderr == ""
