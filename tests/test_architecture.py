@@ -43,6 +43,32 @@ def test_no_files_import_each_other() -> None:
     assert not found, " -> ".join(found)
 
 
+def picture() -> dict[str, int]:
+    """Returns the line, counted from the bottom, on which docs/architecture.md draws each folder or file of a package."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    drawn = text.split("    orchestrator   ", 1)[1].split("\n\n", 1)[0].splitlines()
+    column = len("    orchestrator   ") + drawn[0].index("workers")
+    found: dict[str, int] = {}
+    for line, row in enumerate(reversed(drawn[1:])):
+        found |= {f"orchestrator/{word}": line for word in row[:column].split()}
+        found |= {f"workers/{word}": line for word in row[column:].split()}
+    return found
+
+
+def test_the_picture_of_the_house_is_that_of_the_source() -> None:
+    def place(where: str) -> str:
+        return "/".join(where.removesuffix(".py").split("/")[:2])
+
+    lines = picture()
+    outside = {"orchestrator/__init__", "workers/__init__"}
+    assert {place(room) for room in rooms()} - outside == set(lines)
+    for start, ends in rooms().items():
+        for end in ends:
+            one, two = place(start), place(end)
+            if one != two and one not in outside and one.split("/")[0] == two.split("/")[0]:
+                assert lines[one] > lines[two], f"{start} -> {end}"
+
+
 HANDED_ON = {
     "orchestrator.cli": "app",
     "orchestrator.ledger": "ledger",

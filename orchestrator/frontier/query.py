@@ -82,7 +82,7 @@ def pareto(
         One row a group that is non-dominated with a probability of 0.05 or more: certain ones (0.95 or more) first, then the
         best by the first objective. Of its representative, the simplest member: names, the objectives (repeated measurements
         pooled) with ``<objective>_low`` and ``_high`` where they are measured (null: exact) and ``_ratio`` of speeds, the
-        other columns of ``ledger_trials.DEFAULT_COLUMNS``, ``seeds``; then ``probability``, ``certain``, ``members`` (trial
+        other columns of ``trials.DEFAULT_COLUMNS``, ``seeds``; then ``probability``, ``certain``, ``members`` (trial
         ids, representative first), ``slower_than_baseline`` and ``simulated`` (told only where a speed is asked for).
 
     Raises:

@@ -187,7 +187,7 @@ class Ledger:
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def trials(self, columns: Iterable[str] | None = None) -> pa.Table:
-        """Returns one row a trial (columns: ``ledger_trials.TRIALS``); ``.to_pandas()`` makes it a DataFrame.
+        """Returns one row a trial (columns: ``trials.TRIALS``); ``.to_pandas()`` makes it a DataFrame.
 
         Args:
             columns: names to read; naming few is what makes a large ledger fast. None reads all.
@@ -196,12 +196,12 @@ class Ledger:
         return self.consistent(lambda snapshot: snapshot.trials(names))
 
     def attempts(self, columns: Iterable[str] | None = None) -> pa.Table:
-        """Returns one row an attempt (columns: ``ledger_schema.ATTEMPTS``); ``.to_pandas()`` makes it a DataFrame."""
+        """Returns one row an attempt (columns: ``schema.ATTEMPTS``); ``.to_pandas()`` makes it a DataFrame."""
         names = None if columns is None else list(columns)
         return self.consistent(lambda snapshot: snapshot.attempts(names))
 
     def measurements(self, columns: Iterable[str] | None = None) -> pa.Table:
-        """Returns one row a measured quantity (``ledger_schema.MEASUREMENTS``); ``.to_pandas()`` makes it a
+        """Returns one row a measured quantity (``schema.MEASUREMENTS``); ``.to_pandas()`` makes it a
         DataFrame."""
         names = None if columns is None else list(columns)
         return self.consistent(lambda snapshot: snapshot.measurements(names))
@@ -397,7 +397,7 @@ class Ledger:
         return number
 
     def frontier(self) -> pa.Table:
-        """Returns ``frontier.parquet``: one row a member of each snapshot (``ledger_schema.FRONTIER``), the newest
+        """Returns ``frontier.parquet``: one row a member of each snapshot (``schema.FRONTIER``), the newest
         last."""
         try:
             return read_parquet(self.storage, self._files.name("frontier.parquet"), "frontier")

@@ -1,7 +1,7 @@
 """What a ledger row is: Arrow schemas with a version, and the way from a spec and its result to a row.
 
 Stored columns only. Columns that follow from other rows (accepted attempt, drop of accuracy, feasibility) are computed when
-read: ``ledger_trials.py``.
+read: ``trials.py``.
 """
 
 from __future__ import annotations

@@ -102,11 +102,11 @@ class Snapshot:
         self._accepted: Accepted | None = None
 
     def attempts(self, columns: Iterable[str] | None = None) -> pa.Table:
-        """Returns one row an attempt with ``columns`` of ``ledger_schema.ATTEMPTS`` (None: all)."""
+        """Returns one row an attempt with ``columns`` of ``schema.ATTEMPTS`` (None: all)."""
         return self._read("attempts", columns)
 
     def measurements(self, columns: Iterable[str] | None = None) -> pa.Table:
-        """Returns one row a measured quantity with ``columns`` of ``ledger_schema.MEASUREMENTS`` (None: all)."""
+        """Returns one row a measured quantity with ``columns`` of ``schema.MEASUREMENTS`` (None: all)."""
         table = self._read("measurements", columns)
         return pa.concat_tables([table, self._reports.select(table.column_names)])
 
@@ -122,7 +122,7 @@ class Snapshot:
         return self._reports.filter(to_arrow(equals(self._reports["kind"], kind)))
 
     def trials(self, columns: Iterable[str] | None = None, rows: Rows | None = None) -> pa.Table:
-        """Returns one row a trial with ``columns`` of ``ledger_trials.TRIALS`` (None: all).
+        """Returns one row a trial with ``columns`` of ``trials.TRIALS`` (None: all).
 
         Args:
             rows: numbers of the wanted trials in the order of this table, ascending (None: all). For few of many.

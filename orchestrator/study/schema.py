@@ -77,7 +77,7 @@ class CreateSection(Section):
 class ModelSection(Section):
     """Which model: a timm name, or ``create``; of a vision-language family a name, settings that differ from its, or both.
 
-    The settings of those families are those of a class that is expensive to import: study_tasks.py judges them.
+    The settings of those families are those of a class that is expensive to import: :mod:`orchestrator.study.tasks` judges them.
     """
 
     family: Literal["timm", "vilt", "meter"] = "timm"

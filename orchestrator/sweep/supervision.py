@@ -1,6 +1,6 @@
 """Ray Tune: builds Tuners and supervises them until a sweep has nothing left to run.
 
-Tune schedules and notices lost workers; what to run, what came back and what is retried is the sweep's (sweep.py). Tune's own
+Tune schedules and notices lost workers; what to run, what came back and what is retried is the sweep's (state.py). Tune's own
 experiment state goes to a temporary folder and is never read: after a crash of the Tune run (Ray's memory monitor can cause one)
 a new Tuner takes over from the ledger.
 """
@@ -39,7 +39,7 @@ log = logging.getLogger("vitpareto")
 def supervise(sweep: Sweep, lease: Lease, address: str | None, progress: Progress, runner: str) -> None:
     """Runs Tuners until nothing is left; a run that breaks down is followed by another from where the sweep stands.
 
-    A finished sweep ends with what follows the search (finish.py), under the same Ray.
+    A finished sweep ends with what follows the search (after_search.py), under the same Ray.
     """
     fruitless, one_at_a_time = 0, False
     while not sweep.finished or (runner == RUNNER and after_search.unreported(sweep)):
