@@ -34,8 +34,8 @@ from orchestrator.frontier.dominance import nondominated
 from orchestrator.ledger import Ledger
 from orchestrator.ledger.schema import ATTEMPTS, MEASUREMENTS
 from workers.evaluation import wilson
+from workers.metrics import OBJECTIVES
 from workers.node.storage import LocalStorage
-from workers.trial import OBJECTIVES
 
 STUDY = "million"
 NAMES = ["top1_pct", "size_bytes", "latency_ms_p50"]

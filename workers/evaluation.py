@@ -42,7 +42,7 @@ class Accuracy:
     """One accuracy over ``total`` questions with its 95 % interval.
 
     Attributes:
-        metric: its name, one of :data:`workers.trial.ACCURACIES`.
+        metric: its name, one of :data:`workers.metrics.ACCURACIES`.
         correct: how many were right; shares of them for VQA, whose answers may be right in part.
         low_pct, high_pct: Wilson's; for VQA of the normal distribution, about the mean of shares.
         correct_bits: which were right, in the split's order: eight a byte, the first in the highest bit, as hexadecimal

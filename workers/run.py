@@ -19,7 +19,8 @@ from workers import artefact, evaluation, stages
 from workers.measuring import counting
 from workers.measuring.made_inputs import make_inputs
 from workers.measuring.peak_memory import NotTellable
-from workers.measuring.quantities import PEAK, SPEEDS, Quantities
+from workers.measuring.quantities import Quantities
+from workers.metrics import DEVICE_BOUND, SPEEDS
 from workers.node.deadline import Deadline, DeadlineExceeded, guard
 from workers.node.lane import Lane
 from workers.node.provenance import provenance
@@ -153,7 +154,7 @@ def _stages_and_numbers(spec: TrialSpec, bench: stages.Workbench, outcome: _Outc
     _evaluate(bench, spec, model, last.key, outcome)
     simulated, timed = timed_as(spec, bench.device.type)
     outcome.conditions["simulated"] = simulated
-    if {*SPEEDS.values(), PEAK} & set(spec.objectives):
+    if DEVICE_BOUND & set(spec.objectives):
         if simulated and timed.key == twin.key:
             model = counted
         elif simulated:

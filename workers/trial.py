@@ -31,34 +31,6 @@ STATUSES = (
 INFRASTRUCTURE = frozenset({"worker_died", "node_lost", "preempted"})
 """Failures that say nothing about the recipe; the only ones that are retried."""
 
-OBJECTIVES: Mapping[str, str] = {
-    "top1_pct": "maximize",
-    "vqa_pct": "maximize",
-    "text_recall1_pct": "maximize",
-    "image_recall1_pct": "maximize",
-    "size_bytes": "minimize",
-    "params": "minimize",
-    "macs": "minimize",
-    "latency_ms_p50": "minimize",
-    "throughput_images_per_s": "maximize",
-    "peak_memory_bytes": "minimize",
-}
-"""Objectives a study may name, with the direction that is better."""
-
-SPEED_OBJECTIVES = frozenset({"latency_ms_p50", "throughput_images_per_s"})
-"""Objectives that are timed, hence comparable only within one device kind."""
-
-ACCURACIES = ("top1_pct", "vqa_pct", "text_recall1_pct", "image_recall1_pct")
-"""Objectives in per cent of the search split, whose difference from the baseline is ``<name>_drop``. Which of them a study has
-is a matter of its task: VQA accuracy, recall at 1 of texts for images and of images for texts, else top-1 accuracy."""
-
-INTERVALS = (*ACCURACIES, "latency_ms_p50", "throughput_images_per_s", "peak_memory_bytes")
-"""Objectives that are measured, hence have a 95 % interval: the metrics ``<name>_low`` and ``<name>_high``, in the same
-unit. The others are exact. Accuracy has a Wilson interval over the search split's examples (VQA accuracy, a mean of shares,
-a normal one); a speed has the larger of its
-bootstrap interval and the device's noise (an A/A measurement in fresh processes); the uncompressed baseline's speed is the
-unit that the others are measured in and has none."""
-
 _LOCATIONS = frozenset({"path", "root", "checkpoint", "cache", "checkpoint_s"})
 """Keys that say where a thing lies, or how often a training is saved. They never enter a digest: content does."""
 
@@ -169,7 +141,7 @@ class TrialSpec:
         study: name of the study, a folder under ``storage``.
         storage: root of the storage, a path or an fsspec URL, as seen from the worker.
         storage_token: ``token`` in the study's ``study.json``; a node that reads another one does not see the storage.
-        objectives: names from :data:`OBJECTIVES` that the result must hold.
+        objectives: names from :data:`workers.metrics.OBJECTIVES` that the result must hold.
         timeout_s: seconds of own work before the trial counts as timed out (waiting for the lane does not count).
         cpus: threads to train with.
         gpus: GPU share that was scheduled; 0 trains on CPU.

@@ -112,7 +112,7 @@ def _knee(rows: pa.Table, objectives: list[str]) -> pa.Table:
 
     from orchestrator.frontier.choosing import knee
     from orchestrator.ledger.columns import booleans, floats
-    from workers.trial import OBJECTIVES
+    from workers.metrics import OBJECTIVES
 
     certain = booleans(rows["certain"])
     chosen = np.flatnonzero(certain) if certain.any() else np.arange(len(rows))
@@ -162,7 +162,7 @@ def _for_people(
 def _explain(rows: pa.Table, objectives: list[str]) -> None:
     """Says in one line what ``?`` means and how far two speeds must lie apart to be told from each other."""
     from orchestrator.words.interval_text import share
-    from workers.trial import SPEED_OBJECTIVES
+    from workers.metrics import SPEED_OBJECTIVES
 
     said = []
     found = rows.to_pylist()

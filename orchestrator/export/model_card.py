@@ -10,25 +10,15 @@ from typing import Any
 
 from orchestrator.export.loading_code import usage
 from orchestrator.ledger.schema import metric_of
-from orchestrator.words.labels import ACCURACY_TITLES
 from orchestrator.words.rows import human
 from orchestrator.words.units import format_value
-from workers.trial import ACCURACIES, INTERVALS, without_locations
+from workers.metrics import ACCURACIES, DEVICE_BOUND, INTERVALS, METRICS, SPEEDS
+from workers.trial import without_locations
 
 IMAGES = "image_classification"
 
-_SPEEDS = ("latency", "throughput", "peak_memory")
-
-_NAMES: Mapping[str, str] = {
-    **{name: f"{title[0].upper()}{title[1:]}, search split" for name, title in ACCURACY_TITLES.items()},
-    "size_bytes": "Size of the artefact",
-    "params": "Parameters",
-    "macs": "Multiply-accumulates an image",
-    "latency_ms_p50": "Latency, median",
-    "latency_ms_p95": "Latency, 95th percentile",
-    "throughput_images_per_s": "Throughput",
-    "peak_memory_bytes": "Peak memory",
-}
+_MEASURED = frozenset(METRICS[name].record for name in DEVICE_BOUND)
+"""Kinds of records of speed and memory."""
 
 _DOES: Mapping[str, str] = {
     IMAGES: "A vision transformer that sorts",
@@ -158,8 +148,9 @@ def _metrics(row: Mapping[str, Any], measurements: Sequence[Mapping[str, Any]]) 
     yield ""
     yield "| metric | value | 95 % interval | against the baseline |"
     yield "|---|---:|---:|---:|"
-    for name in [n for n in _NAMES if metrics.get(n) is not None]:
-        yield f"| {_NAMES[name]} | {human(name, float(metrics[name]))} | {_interval(name, metrics)} | {_beside(name, row)} |"
+    for name in [n for n in METRICS if metrics.get(n) is not None]:
+        value, interval = human(name, float(metrics[name])), _interval(name, metrics)
+        yield f"| {METRICS[name].card} | {value} | {interval} | {_beside(name, row)} |"
         if name in ACCURACIES:
             yield from _report_rows(name, measurements)
     yield ""
@@ -194,7 +185,7 @@ def _beside(name: str, row: Mapping[str, Any]) -> str:
 
 
 def _report_rows(name: str, measurements: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    title = _NAMES[name].replace("search", "report")
+    title = METRICS[name].card.replace("search", "report")
     for m in (m for m in measurements if m["kind"] == "accuracy_report" and metric_of(m["conditions"]) == name):
         c = m["conditions"]
         interval = f"{c['wilson_low_pct']:.2f} % to {c['wilson_high_pct']:.2f} %"
@@ -217,7 +208,7 @@ def _warnings(row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _conditions(measurements: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any]) -> Iterator[str]:
-    speeds = [m for m in measurements if m["kind"] in _SPEEDS]
+    speeds = [m for m in measurements if m["kind"] in _MEASURED]
     yield "### Conditions"
     yield ""
     if not speeds:
@@ -258,7 +249,7 @@ def _conditions(measurements: Sequence[Mapping[str, Any]], baseline: Mapping[str
 def _strong(baseline: Mapping[str, Any]) -> Iterator[str]:
     """Yields a line that says what the baseline is: the best uncompressed way that the study found."""
     found = []
-    for kind in ("latency", "throughput"):
+    for kind in SPEEDS:
         if kind in baseline:
             b = baseline[kind]
             where = f" at batch {b['batch']}" if b.get("batch") else ""

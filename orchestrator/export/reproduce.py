@@ -20,12 +20,13 @@ from orchestrator.ledger.schema import metric_of
 from orchestrator.ledger.show import find_trial
 from orchestrator.words.units import format_seconds
 from workers import artefact, stages, tasks
+from workers.metrics import DEVICE_BOUND, SPEEDS
 from workers.models import checkpoint_digest
 from workers.node.storage import LocalStorage, Storage
 from workers.run import run_trial
 from workers.stages import Stage, compile_recipe, prefix
 from workers.techniques import registry, versions
-from workers.trial import ACCURACIES, INTERVALS, TrialSpec, trial_id
+from workers.trial import TrialSpec, trial_id
 
 POLL_S = 0.2
 
@@ -116,7 +117,7 @@ def _for_here(spec: TrialSpec, status: str, say: Say) -> TrialSpec:
     if spec.context.device != "cuda" or torch.cuda.is_available():
         return spec
     say("it was run on cuda, which this machine has not: it is run on cpu, speed and memory are not judged")
-    exact = tuple(name for name in spec.objectives if name in ACCURACIES or name not in INTERVALS)
+    exact = tuple(name for name in spec.objectives if name not in DEVICE_BOUND)
     return replace(spec, context=replace(spec.context, device="cpu"), objectives=exact, gpus=0.0)
 
 
@@ -190,7 +191,7 @@ def _run(found: Mapping[str, Any], device: str, measurements: Sequence[Mapping[s
     records = {m["kind"]: m["conditions"] for m in measurements}
     accuracies = {metric_of(c): c for c in (m["conditions"] for m in measurements if m["kind"] == "accuracy_search")}
     provenance = found["provenance"] or {}
-    names = (records.get(kind, {}).get("device_name") for kind in ("latency", "throughput"))
+    names = (records.get(kind, {}).get("device_name") for kind in SPEEDS)
     return Run(
         status=found["status"],
         failure=found["failure"],

@@ -15,7 +15,7 @@ from orchestrator.ledger.columns import to_arrow
 from orchestrator.ledger.snapshot import Snapshot
 from orchestrator.ledger.text_columns import string_lists
 from orchestrator.ledger.trials import DEFAULT_COLUMNS
-from workers.trial import INTERVALS, SPEED_OBJECTIVES
+from workers.metrics import INTERVALS, SPEED_OBJECTIVES
 
 Numbers = npt.NDArray[np.int64]
 

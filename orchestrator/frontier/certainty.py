@@ -23,7 +23,7 @@ from orchestrator.ledger.columns import equals, floats, to_arrow
 from orchestrator.ledger.snapshot import Snapshot
 from orchestrator.ledger.trials import feasible
 from orchestrator.study.constraints import DROPS, Constraint
-from workers.trial import INTERVALS
+from workers.metrics import INTERVALS
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]

@@ -17,7 +17,7 @@ from orchestrator.frontier.quantiles import floor_width
 from orchestrator.ledger import Ledger, Snapshot
 from orchestrator.ledger.columns import to_arrow
 from orchestrator.ledger.show import find_trial
-from workers.trial import ACCURACIES, INTERVALS, OBJECTIVES
+from workers.metrics import ACCURACIES, INTERVALS, OBJECTIVES
 
 Floats = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]

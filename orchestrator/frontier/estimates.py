@@ -20,16 +20,13 @@ from orchestrator.frontier.quantiles import Z95, t975
 from orchestrator.ledger.columns import booleans, floats, group_numbers
 from orchestrator.ledger.schema import metric_of
 from orchestrator.ledger.snapshot import Snapshot
-from workers.trial import ACCURACIES, INTERVALS, OBJECTIVES, SPEED_OBJECTIVES
+from workers.metrics import ACCURACIES, INTERVALS, METRICS, OBJECTIVES, SPEED_OBJECTIVES
 
 Floats = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
 
 LEVELS = np.array([0.0, 0.3, 0.6, 0.9, 1.0], np.float32)
 """Score of a VQA answer by how many of the ten annotators gave it, 4 or more being one."""
-
-KINDS: Mapping[str, str] = {"latency_ms_p50": "latency", "throughput_images_per_s": "throughput"}
-"""Speed to the kind of its measurement records."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ def columns_of(name: str) -> list[str]:
 
 
 def estimate(name: str, snapshot: Snapshot, trials: pa.Table, of: Numbers, count: int) -> Estimate:
-    """Estimates an objective of ``protocol.INTERVALS``.
+    """Estimates an objective of ``metrics.INTERVALS``.
 
     Args:
         trials: (t,) rows with :func:`columns_of`, and ``trial_id``, which is looked at only if something was measured again.
@@ -90,7 +87,7 @@ def estimate(name: str, snapshot: Snapshot, trials: pa.Table, of: Numbers, count
     if name in SPEED_OBJECTIVES:
         baseline = booleans(trials["is_baseline"])
         ratio = np.where(baseline, 1.0, floats(trials[f"{name}_ratio"]))
-        again = _measured_again(snapshot, KINDS[name], trials["trial_id"])
+        again = _measured_again(snapshot, METRICS[name].record, trials["trial_id"])
     return _ratio_scale(value, low, high, ratio, again, of, count)
 
 
@@ -174,7 +171,7 @@ def example_scores(name: str, snapshot: Snapshot, trials: pa.Table) -> npt.NDArr
     """Reads how right each trial had every example of the search split, in the measure of one accuracy.
 
     Args:
-        name: of ``protocol.ACCURACIES``.
+        name: of ``metrics.ACCURACIES``.
         trials: with ``trial_id`` and ``attempt_id``.
 
     Returns:

@@ -21,7 +21,7 @@ from orchestrator.frontier.quantiles import Z95
 from orchestrator.ledger.columns import floats, integers
 from orchestrator.ledger.snapshot import Snapshot
 from orchestrator.study.constraints import DROPS
-from workers.trial import ACCURACIES, INTERVALS, OBJECTIVES, SPEED_OBJECTIVES
+from workers.metrics import ACCURACIES, INTERVALS, OBJECTIVES, SPEED_OBJECTIVES
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]

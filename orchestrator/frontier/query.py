@@ -27,7 +27,7 @@ from orchestrator.ledger.schema import ATTEMPTS, MEASUREMENTS
 from orchestrator.ledger.trials import NUMERIC, TRIALS
 from orchestrator.study.constraints import Constraint
 from orchestrator.words.rows import format_rows
-from workers.trial import OBJECTIVES
+from workers.metrics import OBJECTIVES
 
 __all__ = ["QueryError", "candidates", "format_rows", "pareto", "sql", "uncertain", "within_budget"]
 
@@ -74,7 +74,7 @@ def pareto(
 
     Args:
         objectives: numeric columns of ``trials``.
-        directions: ``minimize`` or ``maximize`` for each; None takes those of ``protocol.OBJECTIVES``.
+        directions: ``minimize`` or ``maximize`` for each; None takes those of ``metrics.OBJECTIVES``.
         where: SQL condition on the columns of ``trials`` and ``seeds`` that candidates must meet.
         all_rows: also candidates that break the study's constraints.
 

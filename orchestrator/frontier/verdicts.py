@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from workers.trial import ACCURACIES, INTERVALS, OBJECTIVES
+from workers.metrics import ACCURACIES, DEVICE_BOUND, OBJECTIVES
 
 MISSING = "not recorded"
 
@@ -80,7 +80,7 @@ def judge(row: Run, here: Run) -> list[Verdict]:
 
 
 def _judge(name: str, row: Run, here: Run) -> Verdict:
-    compared = f"{name}_ratio" if name in INTERVALS and name not in ACCURACIES else name
+    compared = f"{name}_ratio" if name in DEVICE_BOUND else name
     before, now = _with_ends(name, compared, row.metrics), _with_ends(name, compared, here.metrics)
     verdict, note = _verdict(name, before, now, row, here)
     return Verdict(name, compared, *before, *now, verdict, note)
@@ -101,7 +101,7 @@ def _with_ends(name: str, compared: str, metrics: Mapping[str, float]) -> Ends:
 
 def _verdict(name: str, before: Ends, now: Ends, row: Run, here: Run) -> tuple[str, str]:
     a, b = before[0], now[0]
-    if name in INTERVALS and name not in ACCURACIES:
+    if name in DEVICE_BOUND:
         if reason := _not_comparable(row, here):
             return "not judged", reason
         if a is not None and b is not None:

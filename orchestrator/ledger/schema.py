@@ -14,7 +14,8 @@ from typing import Any
 import pyarrow as pa
 
 from orchestrator.ledger.columns import empty
-from workers.trial import INTERVALS, OBJECTIVES, TrialResult, TrialSpec
+from workers.metrics import DETAILS, INTERVALS, METRICS, OBJECTIVES
+from workers.trial import TrialResult, TrialSpec
 
 SCHEMA_VERSION = 1
 """Of the attempt files and of every Parquet file; raised when a column changes its meaning."""
@@ -56,7 +57,7 @@ ATTEMPTS = _schema(
         *((name, pa.float64()) for name in OBJECTIVES),
         *((name, pa.float64()) for name in RATIOS),
         *((name, pa.float64()) for name in BOUNDS),
-        ("latency_ms_p95", pa.float64()),
+        *((name, pa.float64()) for name in DETAILS),
         ("started_at", _TIME),
         ("duration_s", pa.float64()),
         ("context", pa.string()),
@@ -210,7 +211,7 @@ def attempts_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
 
 
 def _attempt_cell(row: Mapping[str, Any], name: str) -> Any:
-    if name in OBJECTIVES or name in RATIOS or name in BOUNDS or name == "latency_ms_p95":
+    if name in METRICS or name in RATIOS or name in BOUNDS:
         return row["metrics"].get(name)
     if name in JSON_COLUMNS:
         return _json(row.get(name))

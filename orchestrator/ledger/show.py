@@ -12,7 +12,7 @@ from orchestrator.ledger.ledger import Ledger
 from orchestrator.study.constraints import DROPS
 from orchestrator.words.interval_text import metric_text
 from orchestrator.words.units import format_seconds, unit_of
-from workers.trial import OBJECTIVES
+from workers.metrics import OBJECTIVES
 
 WIDTH = 118
 

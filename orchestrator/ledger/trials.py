@@ -26,7 +26,7 @@ from orchestrator.ledger.columns import (
 )
 from orchestrator.ledger.schema import ATTEMPTS, RATIOS
 from orchestrator.study.constraints import DROPS, Constraint
-from workers.trial import ACCURACIES, OBJECTIVES, SPEED_OBJECTIVES
+from workers.metrics import OBJECTIVES, SPEED_OBJECTIVES
 
 _STORED = [f for f in ATTEMPTS if f.name not in (*RATIOS, "spec")]
 _DERIVED = [
@@ -51,13 +51,7 @@ DEFAULT_COLUMNS = (
     "trial_id",
     "number",
     "label",
-    *(name for pair in zip(ACCURACIES, DROPS, strict=True) for name in pair),
-    "size_bytes",
-    "params",
-    "macs",
-    "latency_ms_p50",
-    "throughput_images_per_s",
-    "peak_memory_bytes",
+    *(column for name in OBJECTIVES for column in (name, f"{name}_drop") if column in OBJECTIVES or column in DROPS),
     "feasible",
     "recipe_hash",
     "recipe",

@@ -8,22 +8,14 @@ from datetime import datetime
 from typing import Any
 
 from orchestrator.study.constraints import DROPS
-from orchestrator.words.labels import ACCURACY_TITLES
+from workers.metrics import ACCURACIES, METRICS
+
+_SHORT = {name: METRICS[name].title.removesuffix(" accuracy") for name in ACCURACIES}
 
 TITLES = {
-    **ACCURACY_TITLES,
-    "size_bytes": "artefact size",
-    "params": "weights",
-    "macs": "MACs of one image",
-    "latency_ms_p50": "latency, batch 1, median",
-    "latency_ms_p95": "latency, batch 1, 95th percentile",
-    "throughput_images_per_s": "throughput",
-    "peak_memory_bytes": "peak memory",
-    **{drop: f"{ACCURACY_TITLES[name].removesuffix(' accuracy')} drop" for drop, name in DROPS.items()},
-    **{
-        f"report_{name}": f"{title.removesuffix(' accuracy')} on the report split"
-        for name, title in ACCURACY_TITLES.items()
-    },
+    **{name: metric.title for name, metric in METRICS.items()},
+    **{drop: f"{_SHORT[name]} drop" for drop, name in DROPS.items()},
+    **{f"report_{name}": f"{short} on the report split" for name, short in _SHORT.items()},
 }
 """Metrics of the report, in the order in which it shows those that are no objectives. ``report_*`` is measured on examples that
 the search never saw, for frontier members only."""

@@ -11,7 +11,7 @@ import numpy as np
 from orchestrator.frontier.dominance import default_reference, hypervolume
 from orchestrator.ledger import Ledger
 from orchestrator.report.data import Candidate, Report
-from workers.trial import OBJECTIVES
+from workers.metrics import OBJECTIVES
 
 REASONS = 3
 """Distinct reasons of a failure class that are shown, the most frequent first."""

@@ -21,7 +21,8 @@ from orchestrator.report.overview import contributions, failure_classes, history
 from orchestrator.study.constraints import DROPS
 from orchestrator.words.labels import short_label
 from orchestrator.words.units import unit_of
-from workers.trial import INTERVALS, OBJECTIVES, Recipe
+from workers.metrics import DETAILS, INTERVALS, OBJECTIVES
+from workers.trial import Recipe
 
 
 def read_report(ledger: Ledger, objectives: Sequence[str] | None = None) -> Report:
@@ -76,7 +77,7 @@ def read_report(ledger: Ledger, objectives: Sequence[str] | None = None) -> Repo
 
 _BOUNDS = [f"{name}_{end}" for name in INTERVALS for end in ("low", "high")]
 _RATIOS = [f"{name}_ratio" for name in OBJECTIVES]
-_MEASURED = [*OBJECTIVES, *DROPS, "latency_ms_p95"]
+_MEASURED = [*OBJECTIVES, *DROPS, *DETAILS]
 _OF_TRIALS = ["trial_id", "number", "recipe", "recipe_hash", "seed", "status", "failure", "conditions", "started_at"]
 _MORE_OF_TRIALS = ["duration_s", "context", "slower_than_baseline", *_MEASURED, *_RATIOS, *_BOUNDS]
 
@@ -128,7 +129,7 @@ def _reported(ledger: Ledger) -> dict[str, dict[str, float]]:
 
 def _with_trials(row: Row, trials: Sequence[Row], reported: Mapping[str, Mapping[str, float]]) -> Row:
     """Completes a candidate with what only its trials say."""
-    done = {**row, "latency_ms_p95": _mean(trials, "latency_ms_p95") if trials else None}
+    done = row | {name: _mean(trials, name) for name in DETAILS}
     done["conditions"] = trials[0]["conditions"] if trials else {}
     for name in OBJECTIVES if trials else ():
         stored, ratio = _mean(trials, name), _mean(trials, f"{name}_ratio")

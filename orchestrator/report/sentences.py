@@ -10,19 +10,10 @@ from orchestrator.ledger.status import format_failures
 from orchestrator.report.data import TITLES, Candidate, Report
 from orchestrator.study.constraints import DROPS
 from orchestrator.words.units import format_seconds, format_value
+from workers.metrics import METRICS, SPEED_OBJECTIVES, SPEEDS
 
 CLOSE_POINTS = 1.0
 """Percentage points below the baseline that count as close to it."""
-
-_GAINS = {
-    "size_bytes": "is {:.1f}× smaller",
-    "params": "has {:.1f}× fewer weights",
-    "macs": "needs {:.1f}× fewer MACs",
-    "latency_ms_p50": "is {:.1f}× faster at batch 1",
-    "throughput_images_per_s": "has {:.1f}× the throughput",
-    "peak_memory_bytes": "needs {:.1f}× less peak memory",
-}
-"""Objective to what a recipe that gains in it does."""
 
 
 def verdict(report: Report) -> tuple[str, str]:
@@ -83,7 +74,7 @@ def _best(report: Report) -> str:
         return f"None of them is within {CLOSE_POINTS:g} point of the baseline's accuracy."
     by_recipe: dict[str, tuple[Candidate, list[str]]] = {}
     for name, (candidate, gain) in best_close(report).items():
-        by_recipe.setdefault(candidate.id, (candidate, []))[1].append(_GAINS[name].format(gain))
+        by_recipe.setdefault(candidate.id, (candidate, []))[1].append(METRICS[name].gain.format(gain))
     if not by_recipe:
         return f"None within {CLOSE_POINTS:g} point of the baseline gains anything that is beyond the noise."
     parts = [f"{_join(gains)} ({c.label})" for c, gains in by_recipe.values()]
@@ -103,14 +94,14 @@ def _drops(report: Report) -> list[int]:
 def _gain(report: Report, candidate: Candidate, name: str) -> float | None:
     """Returns how many times better than the baseline a candidate is, None where that is not beyond doubt."""
     where = report.position(name)
-    if name not in _GAINS or where is None:
+    if name not in METRICS or not METRICS[name].gain or where is None:
         return None
     ratio, value = candidate.ratio[where], candidate.value[where]
     less = report.metrics[where].better == "minimize"
     worst = candidate.high[where] if less else candidate.low[where]
     if not ratio or not value:
         return None
-    if name in ("latency_ms_p50", "throughput_images_per_s") and (candidate.simulated or candidate.slower):
+    if name in SPEED_OBJECTIVES and (candidate.simulated or candidate.slower):
         return None
     bound = ratio if worst is None else ratio * worst / value
     gains = bound < 1 if less else bound > 1
@@ -185,11 +176,10 @@ def _when(report: Report) -> str:
 def _baseline_facts(strong: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns what speed-ups are measured against, and how far two runs of one artefact lie apart."""
     found = []
-    names = {"latency": "latency_ms_p50", "throughput": "throughput_images_per_s"}
-    for kind in [k for k in names if k in strong]:
+    for kind in [k for k in SPEEDS if k in strong]:
         best = strong[kind]
         batch = f", batch {best['batch']}" if best.get("batch") else ""
-        text = f"{format_value(names[kind], best['value'])} as {best['way']}{batch}"
+        text = f"{format_value(SPEEDS[kind], best['value'])} as {best['way']}{batch}"
         noise = (strong.get("noise") or {}).get(kind) or {}
         if noise.get("sigma") is not None:
             text += f"; A/A noise σ {100 * noise['sigma']:.1f} %"

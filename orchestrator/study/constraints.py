@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from workers.trial import ACCURACIES, OBJECTIVES
+from workers.metrics import ACCURACIES, OBJECTIVES
 
 DROPS = {f"{name}_drop": name for name in ACCURACIES}
 """Metric to the accuracy of which it is the baseline's minus the trial's, in percentage points."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from orchestrator.study.data import kind_of
 from orchestrator.study.yaml_lines import ABSENT, Fault, nearest
 from workers.measuring.protocols import SEEDS
-from workers.trial import OBJECTIVES
+from workers.metrics import OBJECTIVES
 
 _PLAIN_VITS = ("vision_transformer", "deit")
 """Modules of timm that hold them."""

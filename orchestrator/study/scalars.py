@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from orchestrator.study.constraints import ConstraintError, parse
 from orchestrator.study.yaml_lines import nearest
-from workers.trial import OBJECTIVES
+from workers.metrics import OBJECTIVES
 
 SAMPLERS = ("tpe", "nsga2", "random")
 SAMPLER_GROUP = "vitpareto.samplers"

@@ -17,14 +17,8 @@ from orchestrator.study.constraints import DROPS, ConstraintError, parse
 from orchestrator.study.data import VISION_LANGUAGE_KEYS, DataSection, kind_of
 from orchestrator.study.faults import objective_places
 from orchestrator.study.yaml_lines import Fault, nearest
+from workers.metrics import ACCURACIES, METRICS
 from workers.tasks import IMAGES, TaskError
-from workers.trial import ACCURACIES
-
-_ACCURACIES: Mapping[str, tuple[str, ...]] = {
-    "vqa": ("vqa_pct",),
-    "retrieval": ("text_recall1_pct", "image_recall1_pct"),
-}
-"""Tasks whose accuracy is another one than top-1."""
 
 _KEYS_OF_TASK = {"answers": "vqa", "candidates": "retrieval"}
 """Keys of the data section that only one task has."""
@@ -61,7 +55,7 @@ def family_of(model: object) -> str:
 
 def accuracies_of(task: str) -> tuple[str, ...]:
     """Returns the accuracies that are measured of a task."""
-    return _ACCURACIES.get(task, ("top1_pct",))
+    return tuple(name for name in ACCURACIES if task in METRICS[name].tasks)
 
 
 # --- the data's own keys ----------------------------------------------------------------------------------------------

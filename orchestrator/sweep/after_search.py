@@ -18,8 +18,9 @@ from ray.exceptions import RayError
 from orchestrator.frontier import query
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.state import Sweep
+from workers.metrics import SPEED_OBJECTIVES
 from workers.run import run_remeasure, run_report
-from workers.trial import SPEED_OBJECTIVES, Recipe, TrialSpec
+from workers.trial import Recipe, TrialSpec
 
 log = logging.getLogger("vitpareto")
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.words.units import format_value
-from workers.trial import OBJECTIVES, SPEED_OBJECTIVES
+from workers.metrics import OBJECTIVES, SPEED_OBJECTIVES
 
 
 def with_interval(name: str, value: float | None, low: float | None, high: float | None) -> str:

@@ -7,14 +7,6 @@ from typing import Any
 
 from workers.trial import Recipe
 
-ACCURACY_TITLES: Mapping[str, str] = {
-    "top1_pct": "top-1 accuracy",
-    "vqa_pct": "VQA accuracy",
-    "text_recall1_pct": "text recall@1",
-    "image_recall1_pct": "image recall@1",
-}
-"""What people call each of ``protocol.ACCURACIES``."""
-
 
 def short_label(recipe: Recipe, searched: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the recipe without the parameters that its study fixes: ``tome(r=2) + weight_only(bits=4)``.

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 
 from orchestrator.words.units import format_value, unit_of
-from workers.trial import OBJECTIVES
+from workers.metrics import METRICS
 
 FORMATS = ("table", "json", "csv")
 
@@ -113,7 +113,7 @@ def human(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return format_value(name, value).strip() if unit_of(name) or name in OBJECTIVES else f"{value:.6g}"
+        return format_value(name, value).strip() if unit_of(name) or name in METRICS else f"{value:.6g}"
     text = json.dumps(value) if isinstance(value, list | dict) else str(value)
     if name.endswith("_at"):
         return text[:19].replace("T", " ")

@@ -29,9 +29,9 @@ from tests.ledger_rows import STUDY, make_row
 from tests.measured import record
 from tests.studies import tiny_study
 from workers.evaluation import wilson
+from workers.metrics import ACCURACIES, OBJECTIVES
 from workers.node.storage import LocalStorage
 from workers.techniques import versions
-from workers.trial import ACCURACIES, OBJECTIVES
 
 Row = dict[str, Any]
 RECALLS = ["text_recall1_pct", "image_recall1_pct"]

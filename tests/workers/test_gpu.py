@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from workers.measuring.protocols import PROTOCOLS
+from workers.metrics import ACCURACIES, METRICS, OBJECTIVES
 from workers.run import run_trial
 from workers.techniques import registry, versions
 from workers.techniques.record import defaults
@@ -96,7 +97,7 @@ def spec(root: Path, steps: list[tuple[str, dict[str, Any]]]) -> TrialSpec:
         seed=0,
         context=context,
         storage=str(root),
-        objectives=("top1_pct", "size_bytes", "latency_ms_p50", "throughput_images_per_s", "peak_memory_bytes"),
+        objectives=tuple(n for n in OBJECTIVES if n not in ACCURACIES or "image_classification" in METRICS[n].tasks),
         gpus=1.0,
     )
 

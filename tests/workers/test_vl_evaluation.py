@@ -14,6 +14,7 @@ import torch
 from workers import artefact, evaluation, models, tasks
 from workers.evaluation import NotFiniteOutput, evaluate, predict_logits
 from workers.measuring.protocols import PROTOCOLS
+from workers.metrics import ACCURACIES, METRICS
 from workers.run import run_report, run_trial
 from workers.tasks.answers import vqa_accuracy
 from workers.tasks.examples import Examples
@@ -21,7 +22,6 @@ from workers.training.loop import task_loss, train
 from workers.trial import Context, Recipe, Step, TrialResult, TrialSpec
 
 KINDS = {"vqa": "digit_vqa", "entailment": "digit_entailment", "nlvr2": "digit_nlvr", "retrieval": "digit_retrieval"}
-METRICS = {"vqa": ["vqa_pct"], "retrieval": ["text_recall1_pct", "image_recall1_pct"]}
 SETTINGS: dict[str, Any] = {
     "epochs": 1,
     "batch_size": 32,
@@ -38,6 +38,10 @@ def data(task: str) -> dict[str, Any]:
     return {"kind": KINDS[task], **DATA}
 
 
+def accuracies_of(task: str) -> list[str]:
+    return [name for name in ACCURACIES if task in METRICS[name].tasks]
+
+
 def model_section(family: str) -> dict[str, Any]:
     return {"family": family, "name": f"{family}_tiny", "train": True, "create": {}}
 
@@ -51,7 +55,7 @@ def test_each_family_trains_and_is_evaluated_on_each_task(task: str, family: str
     report = train(model, loaded.train, SETTINGS, seed=0, device="cpu", validation=loaded.search)
     assert report.steps == -(-len(loaded.train) // 32)
     found = evaluate(model, loaded.search, device="cpu", batch_size=16)
-    assert [a.metric for a in found.accuracies] == METRICS.get(task, ["top1_pct"])
+    assert [a.metric for a in found.accuracies] == accuracies_of(task)
     assert all(0 <= a.low_pct <= a.pct <= a.high_pct <= 100 for a in found.accuracies)
     assert found == evaluate(model, loaded.search, device="cpu", batch_size=16)
 
@@ -186,7 +190,7 @@ def spec(storage: Path, task: str, family: str, *steps: Step) -> TrialSpec:
         seed=0,
         context=context,
         storage=str(storage),
-        objectives=(*METRICS.get(task, ["top1_pct"]), "size_bytes", "macs", "latency_ms_p50"),
+        objectives=(*accuracies_of(task), "size_bytes", "macs", "latency_ms_p50"),
     )
 
 
@@ -206,7 +210,7 @@ def test_a_trial_runs_from_training_to_the_report_split(tmp_path: Path, task: st
     assert reduced.status == "ok", reduced.failure
     assert reduced.metrics["macs"] < done.metrics["macs"]
     assert reduced.metrics["size_bytes"] < 0.6 * done.metrics["size_bytes"]
-    metrics = METRICS.get(task, ["top1_pct"])
+    metrics = accuracies_of(task)
     assert [r.conditions["metric"] for r in reduced.measurements if r.kind == "accuracy_search"] == metrics
     reported = run_report(spec(tmp_path, task, family, *steps))
     assert [r.conditions["metric"] for r in reported] == metrics

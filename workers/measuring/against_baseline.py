@@ -29,13 +29,12 @@ from workers.measuring.peak_memory import NotTellable
 from workers.measuring.strong_baseline import StrongBaseline, grow
 from workers.measuring.timing import Arm
 from workers.measuring.ways import COMPILE, as_way, compile_model
+from workers.metrics import METRICS, SPEEDS
 from workers.node.conditions import device_conditions, dtypes, fused, threads
 from workers.tasks import TaskInfo
 from workers.trial import Measurement
 
 __all__ = ["NotTellable", "Subject", "count_macs", "count_params", "make_inputs", "measure_speed"]
-
-UNITS = {"latency": "ms", "throughput": "images/s"}
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ def _record(
         resolution=subject.task_info.image_size,
         protocol=str(subject.settings["protocol"]),
         value=float(np.median(values[:, 0])),
-        unit=UNITS[strong.kind],
+        unit=METRICS[SPEEDS[strong.kind]].unit,
         ratio=ratio,
         ratio_low=low,
         ratio_high=high,

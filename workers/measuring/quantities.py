@@ -24,12 +24,10 @@ from workers.measuring.against_baseline import Subject, half_width, measure_spee
 from workers.measuring.made_inputs import make_inputs
 from workers.measuring.peak_memory import NotTellable, PeakMemory, peak_memory
 from workers.measuring.strong_baseline import StrongBaseline
+from workers.metrics import METRICS, SPEEDS
 from workers.node.conditions import device_conditions, device_name, threads
 from workers.stages import Workbench, prefix
 from workers.trial import Measurement, TrialSpec
-
-SPEEDS: Mapping[str, str] = {"latency": "latency_ms_p50", "throughput": "throughput_images_per_s"}
-"""Kind of record to objective."""
 
 PEAK = "peak_memory_bytes"
 
@@ -209,7 +207,7 @@ class Quantities:
                 shown[kind] = {
                     "way": strong.way,
                     "value": strong.value,
-                    "unit": "ms" if kind == "latency" else "images/s",
+                    "unit": METRICS[objective].unit,
                     "batch": strong.batch,
                     "ways": dict(strong.ways),
                 }
@@ -237,4 +235,4 @@ def _local_folder(bench: Workbench, key: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-__all__ = ["SPEEDS", "Found", "NotTellable", "Quantities"]
+__all__ = ["Found", "NotTellable", "Quantities"]

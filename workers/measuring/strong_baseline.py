@@ -105,7 +105,12 @@ def find(
     Args:
         kind: ``latency`` or ``throughput``.
         inputs: makes a batch of the given size on the device.
+
+    Raises:
+        ValueError: for another kind.
     """
+    if kind not in ("latency", "throughput"):
+        raise ValueError(f"strong baseline: must be of latency or throughput, got {kind!r}; say here how it is timed")
     start = time.monotonic()
     arms: dict[str, Arm] = {}
     growths: dict[str, timing.Growth] = {}

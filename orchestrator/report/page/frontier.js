@@ -96,7 +96,7 @@ function staircase(points, xBetter, yBetter) {
 
 function isLog(metric, values) {
   const low = Math.min(...values), high = Math.max(...values);
-  return !metric.unit.startsWith("p") && metric.unit !== "%" && low > 0 && high / low > 4;
+  return !["%", "percentage points"].includes(metric.unit) && low > 0 && high / low > 4;
 }
 
 /** Returns tick positions on a logarithmic axis between two values, few enough to be read. */

@@ -5,7 +5,7 @@ import pytest
 from orchestrator.study.constraints import METRICS, Constraint, ConstraintError, derived, parse
 from orchestrator.study.load import load_study
 from tests.study_files import minimal
-from workers.trial import OBJECTIVES
+from workers.metrics import OBJECTIVES
 
 
 def test_constraints_are_parsed_and_judged() -> None:

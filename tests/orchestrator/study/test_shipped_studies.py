@@ -10,8 +10,8 @@ from orchestrator.study import load
 from orchestrator.study.load import StudyConfig, load_study
 from tests.study_files import minimal
 from workers import tasks
+from workers.metrics import OBJECTIVES
 from workers.tasks import KINDS, TaskInfo, TextInfo
-from workers.trial import OBJECTIVES
 
 
 def test_every_shipped_study_loads_and_survives_json() -> None:

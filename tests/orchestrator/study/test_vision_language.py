@@ -19,9 +19,10 @@ from orchestrator.study.yaml_lines import Fault
 from orchestrator.sweep.plan import technique_rows
 from tests.studies import tiny_study
 from workers import models
+from workers.metrics import ACCURACIES
 from workers.tasks import KINDS, TaskInfo, TextInfo, load
 from workers.techniques.record import ModelInfo
-from workers.trial import ACCURACIES, Recipe, Step
+from workers.trial import Recipe, Step
 
 
 def study(**more: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from workers.measuring import strong_baseline
 from workers.measuring.against_baseline import Subject, half_width, make_inputs, measure_speed
 from workers.measuring.protocols import PROTOCOLS
 from workers.measuring.strong_baseline import PROCESS_SIGMA, StrongBaseline, corrected, noise_of, settled, with_noise
+from workers.metrics import METRICS
 from workers.node.conditions import dtypes, fused
 from workers.run import run_remeasure, run_trial
 from workers.stages import compile_recipe
@@ -47,6 +48,8 @@ SHORT: dict[str, Any] = {
 }
 del SHORT["remeasure"]  # of a study, not of a trial
 SETTINGS = {**SHORT, "protocol": "quick", "threads": 1, "bootstrap": 500, "compile": False}
+EVERY = tuple(n for n, m in METRICS.items() if m.kind in ("exact", "speed") or "image_classification" in m.tasks)
+"""Every objective that a trial of images has on a CPU; so small a model has no peak memory there."""
 
 
 def record(kind: str, **changes: Any) -> StrongBaseline:
@@ -138,6 +141,13 @@ def test_the_fastest_way_is_found_and_the_others_are_told(clock: Clock, kind: st
     assert StrongBaseline.from_json(found.to_json()) == found
 
 
+def test_a_speed_that_nothing_times_is_not_taken_for_another() -> None:
+    with pytest.raises(ValueError, match="must be of latency or throughput, got 'first_answer'"):
+        strong_baseline.find(
+            "first_answer", nn.Identity(), SETTINGS, lambda batch: make_inputs(INFO, CPU, batch), "test"
+        )
+
+
 # --- noise ------------------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +235,7 @@ def spec(root: Path, steps: dict[str, dict[str, Any]]) -> TrialSpec:
         seed=0,
         context=context,
         storage=str(root),
-        objectives=("top1_pct", "size_bytes", "latency_ms_p50", "throughput_images_per_s"),
+        objectives=EVERY,
     )
 
 
@@ -236,6 +246,11 @@ def baseline_row(root: Path) -> TrialResult:
         result = run_trial(spec(root, {}))
     assert result.status == "ok", result.failure
     return result
+
+
+def test_every_objective_is_measured(baseline_row: TrialResult) -> None:
+    """A metric that nothing measures ends the trial of ``baseline_row``: ``no value for ...``."""
+    assert set(EVERY) <= baseline_row.metrics.keys()
 
 
 def test_the_baseline_is_the_unit_and_brings_its_noise(baseline_row: TrialResult) -> None:

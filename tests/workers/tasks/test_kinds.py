@@ -23,12 +23,12 @@ from tests.studies import TINY_MODEL, tiny_study
 from tests.vl_layouts import nlvr1
 from tests.vl_layouts import own_cache as own_cache
 from workers import tasks
+from workers.metrics import ACCURACIES
 from workers.models.vision_language import TASKS
 from workers.tasks import IMAGES, KINDS, DataKind, TaskError
 from workers.tasks.corpus import CLASSES
 from workers.tasks.image_sources import ArraySource
 from workers.tasks.kinds import PathRule
-from workers.trial import ACCURACIES
 
 SOURCE = sorted(path for wing in ("orchestrator", "workers") for path in (ROOT / wing).rglob("*.py"))
 
@@ -170,8 +170,9 @@ FILE_FORMATS = {
 
 TABLES_OF_TASKS = {
     "orchestrator/export/model_card.py": "what a model of the task does, in words",
-    "orchestrator/study/tasks.py": "the task's accuracies, and keys that it alone has",
+    "orchestrator/study/tasks.py": "keys that the task alone has",
     "orchestrator/sweep/plan.py": "what the task's logits are, in words",
+    "workers/metrics.py": "the tasks that an accuracy is for",
     "workers/models/meter_release.py": "the published head of the task",
     "workers/models/vilt_release.py": "the published weights of the task",
     "workers/models/vision_language.py": "what the task asks of a model",
