@@ -10,7 +10,6 @@ from orchestrator.study import load
 from orchestrator.study.load import StudyConfig, load_study
 from tests.study_files import minimal
 from workers import tasks
-from workers.metrics import OBJECTIVES
 from workers.tasks import KINDS, TaskInfo, TextInfo
 
 
@@ -129,4 +128,3 @@ def test_the_readme_names_every_key() -> None:
         assert not [key for key in keys(getattr(study, section)) if f"`{section}.{key}`" not in text]
     assert not [key for key in keys(study.model.create) + keys(study.training.baseline) if f"`{key}`" not in text]
     assert not [key for key in StudyConfig.model_fields if key not in text]
-    assert not [name for name in OBJECTIVES if f"`{name}`" not in text]
