@@ -12,12 +12,13 @@ import pytest
 from typer.testing import CliRunner
 
 from orchestrator import cli
+from orchestrator.export import folder, loading_code
 from orchestrator.export.folder import CARD, RECORD, export_trial
 from tests import exports
 from tests.exports import NAME, REPOSITORY, Study
 from workers import artefact
-from workers.artefact import export_formats
-from workers.artefact.export_formats import ExportRefused
+from workers.artefact import export, export_formats
+from workers.artefact.export_formats import ExportFormat, ExportRefused
 
 study = exports.study
 
@@ -96,3 +97,8 @@ def test_a_failed_export_exits_with_1(study: Study, tmp_path: Path, monkeypatch:
     result = CliRunner().invoke(cli.app, [*arguments, "--storage", study.storage.url])
     assert (result.exit_code, result.stdout) == (1, ""), result.output
     assert "did not work for magnitude_prune + tome + dynamic_int8" in result.stderr
+
+
+def test_every_format_has_a_writer_packages_and_code() -> None:
+    for table in (export._WRITERS, folder._PACKAGES, loading_code._LOADING):
+        assert set(table) == set(ExportFormat)
