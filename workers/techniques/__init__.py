@@ -10,9 +10,9 @@ from workers.techniques.record import Technique
 
 FOLDERS = {
     "distillation": ("distill",),
-    "pruning": ("magnitude_prune", "taylor_prune", "importance_prune"),
+    "pruning": ("magnitude_prune", "taylor_prune", "importance_prune", "semi_structured_prune"),
     "tokens": ("resolution", "tome", "pitome", "evit", "dynamicvit", "diffrate", "pumer"),
-    "low_rank": ("nystrom", "performer", "linformer", "scatterbrain"),
+    "low_rank": ("nystrom", "performer", "linformer", "scatterbrain", "svd"),
     "quantisation": (
         "precision",
         "qat",

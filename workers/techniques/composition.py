@@ -22,6 +22,7 @@ FAMILY_OF = {
     "magnitude_prune": "pruning",
     "taylor_prune": "pruning",
     "importance_prune": "pruning",
+    "semi_structured_prune": "pruning",
     "resolution": "token_reduction",
     "tome": "token_reduction",
     "pitome": "token_reduction",
@@ -33,6 +34,7 @@ FAMILY_OF = {
     "performer": "low_rank_attention",
     "linformer": "low_rank_attention",
     "scatterbrain": "low_rank_attention",
+    "svd": "low_rank_weights",
     "precision": "precision",
     "qat": "quantisation",
     "lsq": "quantisation",
@@ -106,6 +108,24 @@ RULES = (
         "both end with the same training: gates would be multiplied into weights whose levels are fixed",
     ),
     Rule(
+        ("importance_prune",),
+        ("svd", "semi_structured_prune"),
+        "forbidden",
+        "its gates are cut out of whole weights after the training, which the other no longer has",
+    ),
+    Rule(
+        ("semi_structured_prune",),
+        ("svd",),
+        "experimental",
+        "factors of a sparse weight are dense: sound only with the factors made first, and sparse",
+    ),
+    Rule(
+        ("semi_structured_prune",),
+        ("quantisation",),
+        "experimental",
+        "two formats of one weight: sound only with the values that are left of few bits, which no layer here stores",
+    ),
+    Rule(
         ("precision",),
         TRAINED_QUANTISERS,
         "forbidden",
@@ -130,8 +150,16 @@ PRECEDENCES = (
     Precedence(("pruning",), ("token_reduction",), "prune first: tokens are matched by the keys that are left"),
     Precedence(("pruning",), ("low_rank_attention",), "either order computes the same; only this one is kept"),
     Precedence(("token_reduction",), ("low_rank_attention",), "attention is replaced in the block that reduces tokens"),
-    Precedence(FAMILIES[:4], ("precision",), "weights are converted once their values and shapes are final"),
-    Precedence(FAMILIES[:4], ("quantisation",), "weights are quantised once their values and shapes are final"),
+    Precedence(
+        ("pruning",), ("low_rank_weights",), "what is removed need not be factorised, and factors cannot be cut"
+    ),
+    Precedence(
+        ("token_reduction", "low_rank_attention"),
+        ("low_rank_weights",),
+        "either order computes the same; only this one is kept",
+    ),
+    Precedence(FAMILIES[:5], ("precision",), "weights are converted once their values and shapes are final"),
+    Precedence(FAMILIES[:5], ("quantisation",), "weights are quantised once their values and shapes are final"),
     Precedence(("precision",), ("quantisation",), "scales are calculated from the weights as they are stored"),
 )
 """Complete over the families; within one family the order of :data:`FAMILY_OF` holds."""

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 
     Batches = Callable[[], Iterator[tuple[Any, torch.Tensor]]]
 
-FAMILIES = ("distillation", "pruning", "token_reduction", "low_rank_attention", "precision", "quantisation")
+FAMILIES = (
+    "distillation",
+    "pruning",
+    "token_reduction",
+    "low_rank_attention",
+    "low_rank_weights",
+    "precision",
+    "quantisation",
+)
 """Families in the order in which METHODS section 6 composes them; a recipe lists its steps in an order that the composition
 table allows."""
 

@@ -107,8 +107,29 @@ def test_prune_before_token_reduction_and_before_quantisation() -> None:
         if pruner == "importance_prune" and other in table.TRAINED_QUANTISERS:
             assert "both end with the same training" in str(fault([pruner, other]))
             continue
+        if pruner == "semi_structured_prune" and other in QUANTISERS:
+            assert verdict(pruner, other).kind == "experimental"
+            continue
         assert fault([pruner, other]) is None
         assert str(fault([other, pruner])).startswith(f"{pruner} must come before {other}: ")
+
+
+def test_factors_come_after_what_they_factorise_and_before_what_rounds_them() -> None:
+    for before, after in product(("magnitude_prune", "taylor_prune"), ("svd",)):
+        assert legal_orders([after, before]) == [(before, after)]
+    for other in ("precision", *QUANTISERS):
+        assert legal_orders([other, "svd"]) == [("svd", other)]
+    for other in (*REDUCERS, *LOW_RANK):
+        assert legal_orders(["svd", other]) == [(other, "svd")]
+    assert verdict("importance_prune", "svd").kind == "forbidden"
+    assert verdict("semi_structured_prune", "svd").kind == "experimental"
+
+
+def test_sparse_weights_are_made_of_what_pruning_left() -> None:
+    for pruner in ("magnitude_prune", "taylor_prune"):
+        assert legal_orders(["semi_structured_prune", pruner]) == [(pruner, "semi_structured_prune")]
+    assert verdict("importance_prune", "semi_structured_prune").kind == "forbidden"
+    assert legal_orders(["precision", "semi_structured_prune"]) == [("semi_structured_prune", "precision")]
 
 
 def test_fq_vit_with_proportional_attention() -> None:

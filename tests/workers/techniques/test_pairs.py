@@ -45,6 +45,7 @@ CONFIGS: dict[str, dict[str, Any]] = SAMPLES | {
     "taylor_prune": {"ratio": 0.6, "dimensions": "all", "steps": 2, "batches": 2, "round_to": 1},
     "importance_prune": {"head_ratio": 0.5, "mlp_ratio": 0.3, "head_dim_ratio": 0.5, "round_to": 4},
     "diffrate": {"macs": 0.8},  # what a student of one block can still reach
+    "svd": {"keep": 0.6, "round_to": 1},  # its layers are small
 }  # fmt: skip
 """What the contract tests use, and of each pruner what removes all that it can, in odd numbers where it may."""
 
@@ -123,9 +124,12 @@ def check(names: Names, variant: str, path: Path) -> None:
     assert found.shape == (8, 5)
     assert bool(found.isfinite().all())
     assert torch.equal(found, expected)
-    if {family_of(name) for name in names} & {"distillation", "pruning", "quantisation"} and not MORE_WEIGHTS & set(
-        names
-    ):
+    if {family_of(name) for name in names} & {
+        "distillation",
+        "pruning",
+        "low_rank_weights",
+        "quantisation",
+    } and not MORE_WEIGHTS & set(names):
         artefact.save(build(variant), path / "whole", model_description=description, steps=[])
         sizes = [(path / folder / artefact.TENSORS).stat().st_size for folder in ("artefact", "whole")]
         assert sizes[0] < sizes[1]

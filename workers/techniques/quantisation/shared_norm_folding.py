@@ -44,7 +44,9 @@ def pairs(model: nn.Module) -> list[Pair]:
         for norm, readers in READERS:
             if getattr(getattr(block, norm, None), "weight", None) is None:
                 continue
-            linear = tuple(f"{owner}.{reader}" for reader in readers if isinstance(_part(block, reader), nn.Linear))
+            # Of two factors in a reader's place (svd) the first reads the norm.
+            paths = (path for reader in readers for path in (reader, f"{reader}.0"))
+            linear = tuple(f"{owner}.{path}" for path in paths if isinstance(_part(block, path), nn.Linear))
             if linear:
                 found.append(Pair(f"{owner}.{norm}", linear))
     return found
