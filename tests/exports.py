@@ -38,6 +38,8 @@ RECIPES: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "static": (("static_int8", {}),),
     "bf16": (("precision", {"dtype": "bf16"}),),
     "fp16": (("precision", {"dtype": "fp16"}),),
+    "factors": (("svd", {"keep": 0.5, "round_to": 1}),),
+    "sparse": (("semi_structured_prune", {}),),
 }
 
 

@@ -196,8 +196,8 @@ def _warnings(row: Mapping[str, Any]) -> Iterator[str]:
     if (row["conditions"] or {}).get("simulated"):
         yield ""
         yield (
-            "**Simulated.** Weights are really small, but no integer kernel runs: the speeds are those of the unquantised model, "
-            "and nothing is claimed for the quantisation."
+            "**Simulated.** Weights are really small, but no kernel multiplies them as they are stored: the speeds are those of "
+            "the model with plain layers, and nothing is claimed for what makes them small."
         )
     if row.get("slower_than_baseline"):
         yield ""

@@ -49,6 +49,9 @@ RECIPES: list[list[tuple[str, dict[str, Any]]]] = [
     *([(name, {})] for name in ("resolution", "performer")),
     [("scatterbrain", {"window": 4})],
     [("linformer", {"k": 8})],
+    [("svd", {"keep": 0.5})],
+    [("semi_structured_prune", {})],
+    [("semi_structured_prune", {}), ("precision", {"dtype": "bf16"})],
 ]
 
 

@@ -249,8 +249,8 @@ class Technique:
         finalise: (model, config) -> changes to merge into ``resolved``; after the training (cut by learned gates,
             fix learned widths).
         calibrate: (model, config, surroundings) -> None, after the model is converted, token reduction active.
-        simulated: (config, device kind: ``cpu`` or ``cuda``) -> True where weights are really small but no integer kernel runs
-            on such a device: no speed may be claimed.
+        simulated: (config, device kind: ``cpu`` or ``cuda``) -> True where weights are really small but no kernel multiplies
+            them so on such a device: no speed may be claimed.
         info_after: (info, config) -> info of the changed model, so that later steps are checked against it.
         models: families of models that it works on, keys of :mod:`workers.models`; on others it is infeasible.
         source: paper, arXiv id, section.

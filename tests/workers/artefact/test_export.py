@@ -102,6 +102,19 @@ def test_onnx_keeps_packed_weights_and_merges_tokens(study: Study, tmp_path: Pat
     assert str(REPOSITORY).encode() not in file.read_bytes()
 
 
+@pytest.mark.parametrize("format_", ["torch-export", "onnx"])
+@pytest.mark.parametrize("recipe", ["factors", "sparse"])
+def test_thin_and_sparse_layers_are_exported(recipe: str, format_: str, study: Study, tmp_path: Path) -> None:
+    done = study.export(recipe, tmp_path / "out", format_)
+    parity = done.record["parity"]
+    assert parity["largest_difference"] <= 0.001 * parity["largest_logit"]
+    if (recipe, format_) == ("sparse", "onnx"):  # the file keeps them packed
+        stored = [tuple(t.dims) for t in onnx.load(done.folder / "model.onnx").graph.initializer]
+        tensors = study.model(recipe).state_dict()
+        packed = [tuple(t.shape) for name, t in tensors.items() if name.endswith((".values", ".positions"))]
+        assert set(packed) <= set(stored)
+
+
 def test_the_record_names_what_was_compared(study: Study, fp16: dict[ExportFormat, Exported]) -> None:
     done = fp16[ExportFormat.onnx]
     record = json.loads((done.folder / RECORD).read_text())

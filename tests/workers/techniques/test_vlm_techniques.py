@@ -56,6 +56,8 @@ PRUNE: Step = (
 NARROW: Step = ("magnitude_prune", {"head_ratio": 0.25, "mlp_ratio": 0.3, "head_dim_ratio": 0.25, "round_to": 4})
 PUMER: Step = ("pumer", {"layers": "spread_2", "prune": 0.2})
 STUDENT: Step = ("distill", {"depth": 0.5, "width": 0.5})
+FACTORS: Step = ("svd", {"keep": 0.5})
+SPARSE: Step = ("semi_structured_prune", {})
 
 
 def label(step: Step) -> str:
@@ -180,9 +182,28 @@ def test_a_conversion_calibrates_shrinks_and_reloads(family: str, step: Step, tm
 
 
 @every_family
-@pytest.mark.parametrize("step", [*TRAINED, PRUNE, STUDENT], ids=lambda step: step[0])
+@pytest.mark.parametrize("step", [*TRAINED, PRUNE, STUDENT, FACTORS, SPARSE], ids=lambda step: step[0])
 def test_what_trains_takes_a_step_shrinks_and_reloads(family: str, step: Step, tmp_path: Path) -> None:
     check(family, [step], tmp_path, smaller=0.9)
+
+
+@every_family
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [NARROW, FACTORS],
+        [NARROW, SPARSE],
+        [SPARSE, ("precision", {})],
+        [FACTORS, ("smoothquant", {"images": 64})],
+        [FACTORS, ("gptq", {"bits": 4, "images": 64})],
+        [FACTORS, ("lsq", {})],
+    ],
+    ids=lambda steps: "+".join(step[0] for step in steps),
+)
+def test_factors_and_sparse_layers_with_what_comes_before_and_after(
+    family: str, steps: list[Step], tmp_path: Path
+) -> None:
+    check(family, steps, tmp_path, smaller=0.9)
 
 
 @every_family
@@ -193,7 +214,7 @@ def test_two_images_and_several_texts(family: str, task: str, tmp_path: Path) ->
 
 
 @every_family
-@pytest.mark.parametrize("name", ["distill", "magnitude_prune"])
+@pytest.mark.parametrize("name", ["distill", "magnitude_prune", "svd"])
 def test_identity_settings_reproduce_the_logits(family: str, name: str) -> None:
     technique, model = registry()[name], build(family)
     assert technique.identity is not None

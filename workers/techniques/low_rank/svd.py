@@ -152,12 +152,15 @@ def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     """Replaces the linear layers in place, where that saves weights."""
     ranks: dict[str, int] = {}
     for name, linear in block_linears(model, config.layers).items():
-        rank = rank_for_share(linear.out_features, linear.in_features, config.keep, config.round_to)
-        if rank is None or config.keep == config.energy == 1:
+        most = rank_for_share(linear.out_features, linear.in_features, config.keep, config.round_to)
+        if most is None or config.keep == config.energy == 1:
             continue
         surroundings.tick()
         parts = decompose(linear.weight)
-        ranks[name] = rank = min(rank, rank_for_energy(parts[1], config.energy, config.round_to))
+        rank = rank_for_energy(parts[1], config.energy, config.round_to)
+        if rank > most and config.keep == 1:
+            continue
+        ranks[name] = rank = min(rank, most)
         model.set_submodule(name, factored(linear, rank, parts))
     return Applied(model, {"ranks": ranks}, list(ranks))
 

@@ -114,6 +114,13 @@ def test_energy_alone_takes_the_layers_that_have_a_low_rank() -> None:
     assert min(found.resolved["ranks"][name] for name in found.changed if name != "blocks.1.mlp.fc1") > 2
 
 
+def test_energy_alone_leaves_a_layer_that_would_not_get_smaller() -> None:
+    model = vit()
+    model.blocks[1].mlp.fc1 = with_singular_values([4.0, 3.0, 1.0], 64, 32)
+    found = applied(model, keep=1.0, energy=0.99, round_to=1)  # of 32 random columns nearly all are needed
+    assert found.resolved["ranks"] == {"blocks.1.mlp.fc1": 3}
+
+
 @pytest.mark.parametrize(("layers", "words"), [("mlp", {"fc1", "fc2"}), ("attention", {"qkv", "proj"})])
 def test_a_choice_of_layers(layers: str, words: set[str]) -> None:
     model = vit()
