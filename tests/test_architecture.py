@@ -179,6 +179,7 @@ STANDARD_LIBRARY_ONLY = (
     "workers/trial.py",
     "workers/metrics.py",
     "workers/model_info.py",
+    "workers/techniques/families.py",
     "workers/techniques/record.py",
 )
 

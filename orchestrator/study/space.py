@@ -17,7 +17,7 @@ from itertools import combinations
 from typing import Any, Protocol, TypeVar
 
 from workers.techniques import composition
-from workers.techniques.record import FAMILIES, ModelInfo, make_config
+from workers.techniques.record import ModelInfo, make_config
 from workers.trial import Recipe, Step
 
 Key = TypeVar("Key")
@@ -176,7 +176,7 @@ class SearchSpace:
         reasons = {t: _never_feasible(t, a, info) for t, a in axes.items()} if info else {}
         self._infeasible = {t: reason for t, reason in reasons.items() if reason}
         self._axes = {t: a for t, a in axes.items() if t not in self._infeasible}
-        by_family = {f: tuple(t for t in self._axes if composition.family_of(t) == f) for f in FAMILIES}
+        by_family = {f: tuple(t for t in self._axes if composition.family_of(t) == f) for f in composition.families()}
         self._families = [(f, names) for f, names in by_family.items() if names]
         self._orders: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
 

@@ -12,25 +12,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from workers.model_info import ModelInfo as ModelInfo  # handed on: what a technique judges by
+from workers.techniques.families import Family as Family
+from workers.techniques.families import Rule as Rule
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     Batches = Callable[[], Iterator[tuple[Any, torch.Tensor]]]
-
-FAMILIES = (
-    "distillation",
-    "pruning",
-    "token_reduction",
-    "low_rank_attention",
-    "low_rank_weights",
-    "precision",
-    "quantisation",
-)
-"""Families in the order in which METHODS section 6 composes them; a recipe lists its steps in an order that the composition
-table allows."""
-
 
 # --- parameters -------------------------------------------------------------------------------------------------------
 
@@ -210,6 +199,8 @@ class LossTerm:
     extra: torch.Tensor
 
 
+# --- what goes together -----------------------------------------------------------------------------------------------
+
 # --- the record -------------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +218,7 @@ class Technique:
 
     Attributes:
         name: file name, YAML key, docs row and ledger value.
-        family: one of :data:`FAMILIES`.
+        family: name of one of :data:`workers.techniques.families.FAMILIES`, or of ``new_family``.
         version: raised when its results would change; part of the trial key.
         Config: frozen dataclass of fields made with :func:`number` and :func:`choice`; the only place a default lives.
         stage: ``surgery`` changes what is computed and comes before the joint recovery training; ``conversion`` changes
@@ -253,6 +244,10 @@ class Technique:
             them so on such a device: no speed may be claimed.
         info_after: (info, config) -> info of the changed model, so that later steps are checked against it.
         models: families of models that it works on, keys of :mod:`workers.models`; on others it is infeasible.
+        new_family: the record of ``family`` where it is none of the built-in ones.
+        rules: what it may not be combined with, and what it may in spite of a rule of its family.
+        either_order: technique or family -> what differs, where both orders of the two are legal and compute different things.
+        not_on: device kind, ``cpu`` or ``cuda`` -> why it cannot run there, whatever the config.
         source: paper, arXiv id, section.
     """
 
@@ -277,9 +272,15 @@ class Technique:
     simulated: Callable[[Any, str], bool] = field(default=lambda config, device: False)
     info_after: Callable[[ModelInfo, Any], ModelInfo] = field(default=lambda info, config: info)
     models: tuple[str, ...] = ("timm",)
+    new_family: Family | None = None
+    rules: tuple[Rule, ...] = ()
+    either_order: Mapping[str, str] = field(default_factory=dict)
+    not_on: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise ValueError(f"technique {self.name}: family must be one of {FAMILIES}, got {self.family!r}")
+        if self.new_family is not None and self.new_family.name != self.family:
+            raise ValueError(
+                f"technique {self.name}: family {self.family!r} must be the name of new_family, {self.new_family.name!r}"
+            )
         if self.stage not in ("surgery", "conversion"):
             raise ValueError(f"technique {self.name}: stage must be surgery or conversion, got {self.stage!r}")

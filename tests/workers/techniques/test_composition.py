@@ -1,67 +1,185 @@
-"""The composition table: symmetric, total, with a reason for each rule, and METHODS section 6 row by row."""
+"""What goes together: symmetric, total, with a reason for each rule, by how specific it is, and the survey's findings row by row."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import combinations, permutations, product
+from typing import Any
 
 import pytest
 
+from tests.probes import technique as probe
 from tests.workers.techniques.models import info
+from workers.techniques import NAMES, registry
 from workers.techniques import composition as table
-from workers.techniques import registry
 from workers.techniques.composition import fault, legal_orders, verdict
-from workers.techniques.record import FAMILIES
+from workers.techniques.families import FAMILIES, KINDS, Family, Rule
+from workers.techniques.record import Technique
+from workers.techniques.rules import Table
 
-KNOWN = tuple(table.FAMILY_OF)
+MODEL_FAMILIES = ("timm", "vilt", "meter")
 
 
 def in_family(family: str) -> tuple[str, ...]:
-    return tuple(n for n, f in table.FAMILY_OF.items() if f == family)
+    return tuple(name for name in NAMES if table.family_of(name) == family)
 
 
 REDUCERS = tuple(n for n in in_family("token_reduction") if n != "resolution")
 LOW_RANK = in_family("low_rank_attention")
 QUANTISERS = in_family("quantisation")
 PRUNERS = in_family("pruning")
+TRAINED_QUANTISERS = ("qat", "lsq", "diffq")
+
+
+def builtin() -> dict[str, Technique]:
+    return {name: registry()[name] for name in NAMES}
+
+
+def added(name: str, family: str | Family = "token_reduction", *rules: Rule, **more: Any) -> dict[str, Technique]:
+    """The built-in techniques and one of a package of its own."""
+    new = family if isinstance(family, Family) else None
+    record = replace(probe(), name=name, family=new.name if new else family, new_family=new, rules=rules, **more)
+    return {**builtin(), name: record}
+
+
+def verdicts(techniques: Mapping[str, Technique]) -> dict[tuple[str, str, str], Any]:
+    made = Table(techniques)
+    return {(a, b, f): made.verdict(a, b, f) for a, b in combinations(sorted(techniques), 2) for f in MODEL_FAMILIES}
 
 
 def test_verdicts_are_symmetric_and_have_reasons() -> None:
-    for a, b in product(KNOWN, repeat=2):
-        for model_family in ("timm", "vilt", "meter"):
+    for a, b in product(NAMES, repeat=2):
+        for model_family in MODEL_FAMILIES:
             v = verdict(a, b, model_family)
             assert v == verdict(b, a, model_family)
-            assert v.kind in table.KINDS
+            assert v.kind in KINDS
             assert v.reason
 
 
-def test_every_rule_speaks_of_known_things_and_has_a_reason() -> None:
-    for rule in table.RULES:
-        assert rule.reason
-        assert rule.kind in table.KINDS
-        assert set(rule.one + rule.other) <= {*KNOWN, *FAMILIES}
-    assert all(reason for *_, reason in table.FREE + table.DEVICE_RULES)
-    assert all(p.reason for p in table.PRECEDENCES)
+def test_every_rule_speaks_of_known_things() -> None:
+    known = {*NAMES, *FAMILIES}
+    for holder in (*builtin().values(), *FAMILIES.values()):
+        assert {name for rule in holder.rules for name in rule.others} <= known, holder.name
+    for technique in builtin().values():
+        assert set(technique.either_order) <= known
+        assert set(technique.not_on) <= {"cpu", "cuda"}
+        assert all((*technique.either_order.values(), *technique.not_on.values()))
 
 
 def test_every_rule_decides_some_pair() -> None:
-    def deciding(a: str, b: str) -> set[int]:
-        return {next((i for i, r in enumerate(table.RULES) if r.matches(a, b, f)), -1) for f in ("timm", "meter")}
-
-    used = set().union(*(deciding(a, b) for a, b in combinations(KNOWN, 2)))
-    assert used >= set(range(len(table.RULES)))
+    whole = verdicts(builtin())
+    for name, technique in builtin().items():
+        for rule in technique.rules:
+            less = replace(technique, rules=tuple(r for r in technique.rules if r is not rule))
+            assert verdicts({**builtin(), name: less}) != whole, (name, rule)
 
 
 def test_every_two_families_have_an_order_and_a_reason() -> None:
-    for one, other in combinations(FAMILIES, 2):
-        assert [p for p in table.PRECEDENCES if one in p.first and other in p.then], (one, other)
-        assert not [p for p in table.PRECEDENCES if other in p.first and one in p.then], (one, other)
+    for one, other in combinations(FAMILIES.values(), 2):
+        assert other.after[one.name]
+        assert other.name not in one.after
 
 
-def test_registered_techniques_have_the_family_of_the_table() -> None:
+def test_every_technique_has_a_family() -> None:
     for name, technique in registry().items():
         assert table.family_of(name) == technique.family
-    for a, b in combinations(registry(), 2):
-        assert verdict(a, b).kind in table.KINDS
+    assert table.families() == tuple(FAMILIES)
+    assert {technique.family for technique in builtin().values()} == set(FAMILIES)
+
+
+def test_no_verdict_depends_on_the_order_in_which_rules_are_listed() -> None:
+    whole = verdicts(builtin())
+    for seed in range(3):
+        shuffled = random.Random(seed)
+        techniques = {
+            name: replace(technique, rules=tuple(shuffled.sample(technique.rules, len(technique.rules))))
+            for name, technique in builtin().items()
+        }
+        listed = shuffled.sample(list(techniques.items()), len(techniques))
+        kinds = {pair: v.kind for pair, v in verdicts(dict(listed)).items()}
+        assert kinds == {pair: v.kind for pair, v in whole.items()}
+
+
+def test_the_most_specific_rule_decides() -> None:
+    forbidden = Rule(("token_reduction",), "forbidden", "with the family")
+    allowed = Rule(("tome",), "allowed", "with this one")
+    limited = Rule(("tome",), "experimental", "on these models", only_on=("meter",))
+    for rules in permutations((forbidden, allowed, limited)):
+        made = Table(added("mine", "pruning", *rules))
+        assert made.verdict("mine", "tome", "timm").reason == "with this one"
+        assert made.verdict("tome", "mine", "meter").reason == "on these models"
+        assert made.verdict("mine", "evit", "meter").reason == "with the family"
+        assert made.verdict("mine", "fp8", "timm").reason == "no rule against it"
+
+
+def test_a_technique_of_a_family_that_excludes_its_kind_may_be_an_exception() -> None:
+    assert not Table(added("mine")).verdict("mine", "tome", "timm").allowed
+    rule = Rule(("token_reduction",), "allowed", "it works between two of them")
+    assert Table(added("mine", "token_reduction", rule)).verdict("mine", "tome", "timm").allowed
+
+
+def test_rules_that_contradict_one_another_are_an_error_that_names_both() -> None:
+    rule = Rule(("linformer",), "forbidden", "no")
+    Table(added("mine", "token_reduction", rule))  # more specific than what linformer says of the family
+    low_rank = Rule(("low_rank_attention",), "allowed", "it goes with all")
+    with pytest.raises(ValueError, match="neither is more specific") as caught:
+        Table(added("mine", "token_reduction", low_rank))
+    for part in ("mine says that", "it goes with all", "linformer that it is", "tied to token positions"):
+        assert part in str(caught.value)
+    with pytest.raises(ValueError, match="contradict"):
+        Table(added("mine", "pruning", Rule(("tome",), "allowed", "yes"), Rule(("tome",), "forbidden", "no")))
+
+
+@pytest.mark.parametrize(
+    ("after", "before", "place"),
+    [
+        ({"pruning": "x"}, {"token_reduction": "x"}, 2),
+        ({}, {"quantisation": "x"}, 6),
+        ({}, {}, 7),
+        ({"quantisation": "x"}, {"no such family": "x"}, 7),
+    ],
+)
+def test_a_new_family_says_its_place(after: dict[str, str], before: dict[str, str], place: int) -> None:
+    family = Family("adapters", "small layers beside the large ones", "two adapters", after, before)
+    techniques = added("lora", family) | {"other": replace(added("lora", family)["lora"], name="other")}
+    made = Table(techniques)
+    assert list(made.families) == [*list(FAMILIES)[:place], "adapters", *list(FAMILIES)[place:]]
+    assert made.verdict("lora", "other", "timm").reason == "two adapters"
+    for name in NAMES:
+        earlier = list(FAMILIES).index(table.family_of(name)) < place
+        order = [(name, "lora")] if earlier else [("lora", name)]
+        assert made.orders(["lora", name]) == made.orders([name, "lora"]) == order
+        assert made.order_reason(*order[0])
+
+
+@pytest.mark.parametrize(
+    ("techniques", "message"),
+    [
+        (lambda: added("mine", "tokens"), "family must be one of distillation, "),
+        (lambda: added("mine", Family("pruning", "another")), "differs from that of a built-in family"),
+        (lambda: added("pruning", "token_reduction"), "must not be that of another family"),
+        (
+            lambda: added("mine", Family("a", "b", after={"quantisation": "x"}, before={"pruning": "x"})),
+            "whose order goes in a circle: .*a",
+        ),
+    ],
+)
+def test_records_that_fit_with_nothing(techniques: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Table(techniques())
+
+
+def test_a_record_refuses_rules_that_say_nothing() -> None:
+    with pytest.raises(ValueError, match="kind must be one of"):
+        Rule(("tome",), "never", "why")
+    with pytest.raises(ValueError, match="tuples of names"):
+        Rule("tome", "forbidden", "why")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="needs a reason"):
+        Rule(("tome",), "forbidden", "")
+    with pytest.raises(ValueError, match="must be the name of new_family"):
+        replace(probe(), new_family=Family("other", "doc"))
 
 
 def test_no_technique_twice() -> None:
@@ -104,7 +222,7 @@ def test_a_smaller_image_goes_with_a_token_reducer() -> None:
 
 def test_prune_before_token_reduction_and_before_quantisation() -> None:
     for pruner, other in product(PRUNERS, (*REDUCERS, *QUANTISERS)):
-        if pruner == "importance_prune" and other in table.TRAINED_QUANTISERS:
+        if pruner == "importance_prune" and other in TRAINED_QUANTISERS:
             assert "both end with the same training" in str(fault([pruner, other]))
             continue
         if pruner == "semi_structured_prune" and other in QUANTISERS:
@@ -147,7 +265,7 @@ def test_tome_in_the_image_tower_of_meter_only() -> None:
 def test_device_rules() -> None:
     assert table.environment_fault(["dynamic_int8"], info(device="cuda"))
     assert table.environment_fault(["dynamic_int8"], info(device="cpu")) is None
-    for name in ("evit", "dynamicvit"):  # they protect the distillation token, which METHODS asks for
+    for name in ("evit", "dynamicvit"):  # they protect the distillation token, as they do every prefix token
         assert table.environment_fault([name], info(has_distil_token=True)) is None
     assert table.environment_fault(["tome", "weight_only"], info(device="cuda", has_distil_token=True)) is None
 

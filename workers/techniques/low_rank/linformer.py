@@ -24,7 +24,7 @@ from workers.techniques.low_rank.shared_attention import (
     replace_attention,
     require_attention,
 )
-from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, choice, number
+from workers.techniques.record import Applied, ModelInfo, Rule, Surroundings, Technique, choice, number
 
 
 @dataclass(frozen=True)
@@ -159,5 +159,6 @@ TECHNIQUE = Technique(
     check=_check,
     trains=_always,
     info_after=_after,
+    rules=(Rule(("token_reduction",), "forbidden", "Linformer's projections are tied to token positions"),),
     source="Linformer, arXiv 2006.04768, section 4",
 )

@@ -25,7 +25,7 @@ from workers.techniques.low_rank.shared_attention import (
     replace_attention,
     require_attention,
 )
-from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, choice, number
+from workers.techniques.record import Applied, ModelInfo, Rule, Surroundings, Technique, choice, number
 
 
 @dataclass(frozen=True)
@@ -143,5 +143,6 @@ TECHNIQUE = Technique(
     rebuild=_rebuild,
     check=_check,
     trains=_trains,
+    rules=(Rule(("tome", "pitome"), "experimental", "sound only with landmarks weighted by token size"),),
     source="Nystromformer, arXiv 2102.03902, section 3",
 )

@@ -25,7 +25,7 @@ from workers.techniques.low_rank.shared_random_features import (
     empty_projections,
     positive_features,
 )
-from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, choice, number
+from workers.techniques.record import Applied, ModelInfo, Rule, Surroundings, Technique, choice, number
 
 
 @dataclass(frozen=True)
@@ -126,5 +126,6 @@ TECHNIQUE = Technique(
     rebuild=_rebuild,
     check=_check,
     trains=_trains,
+    rules=(Rule(("tome", "pitome"), "allowed", "exact when key features are multiplied by token size"),),
     source="Rethinking Attention with Performers, arXiv 2009.14794, sections 2.2 to 2.4",
 )

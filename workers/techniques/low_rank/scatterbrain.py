@@ -28,7 +28,7 @@ from workers.techniques.low_rank.shared_random_features import (
     empty_projections,
     positive_features,
 )
-from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, choice, number
+from workers.techniques.record import Applied, ModelInfo, Rule, Surroundings, Technique, choice, number
 
 
 @dataclass(frozen=True)
@@ -198,5 +198,6 @@ TECHNIQUE = Technique(
     rebuild=_rebuild,
     check=_check,
     trains=_trains,
+    rules=(Rule(("tome", "pitome"), "experimental", "its local window expects neighbouring tokens to be neighbours"),),
     source="Scatterbrain, arXiv 2110.15343, section 4",
 )

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.techniques.low_rank.shared_block_linears import CHOICES, block_linears
-from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, choice, number
+from workers.techniques.record import Applied, ModelInfo, Rule, Surroundings, Technique, choice, number
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,18 @@ TECHNIQUE = Technique(
     check=_check,
     identity={"keep": 1.0},
     trains=lambda config: config.recover,
+    rules=(
+        Rule(
+            ("importance_prune",),
+            "forbidden",
+            "its gates are cut out of whole weights after the training, which the other no longer has",
+        ),
+        Rule(
+            ("semi_structured_prune",),
+            "experimental",
+            "factors of a sparse weight are dense: sound only with the factors made first, and sparse",
+        ),
+    ),
     models=("timm", "vilt", "meter"),
     source="Eckart and Young 1936; Denton et al. 2014, arXiv 1404.0736, section 3.2.1; Ben Noach and Goldberg 2020",
 )

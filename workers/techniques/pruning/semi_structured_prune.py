@@ -33,7 +33,7 @@ from workers.techniques.quantisation.shared_affine import (
     plain_linear,
     unpack_bits,
 )
-from workers.techniques.record import Applied, Surroundings, Technique, choice
+from workers.techniques.record import Applied, Rule, Surroundings, Technique, choice
 
 GROUP, KEPT = 4, 2
 """Neighbours of a row, and how many of them stay."""
@@ -204,6 +204,18 @@ TECHNIQUE = Technique(
     apply=apply_,
     rebuild=rebuild,
     trains=lambda config: config.recover,
+    rules=(
+        Rule(
+            ("importance_prune",),
+            "forbidden",
+            "its gates are cut out of whole weights after the training, which the other no longer has",
+        ),
+        Rule(
+            ("quantisation",),
+            "experimental",
+            "two formats of one weight: sound only with the values that are left of few bits, which no layer here stores",
+        ),
+    ),
     simulated=lambda config, device: device != "cuda" or not has_kernel(),
     models=("timm", "vilt", "meter"),
     source="Mishra et al. 2021, arXiv 2104.08378, sections 2 and 4",

@@ -276,5 +276,6 @@ TECHNIQUE = Technique(
     check=_check,
     identity={"ratio": 0.0},
     trains=_trains,
+    either_order={"magnitude_prune": "each ranks what the other left"},
     source="NViT, arXiv 2110.04869, sections 3.2 to 3.4; importance after arXiv 1906.10771",
 )

@@ -33,6 +33,7 @@ from workers.techniques.quantisation.shared_packed_embeddings import (
     store_embeddings,
     train_embeddings,
 )
+from workers.techniques.quantisation.shared_quantised_training import LEVELS_TRAINED
 from workers.techniques.quantisation.weight_only import int8_table, packed
 from workers.techniques.record import Applied, LossInputs, LossTerm, Surroundings, Technique, choice
 
@@ -295,5 +296,6 @@ TECHNIQUE = Technique(
     finalise=_finalise,
     simulated=lambda config, device: True,
     models=("timm", "vilt", "meter"),
+    rules=LEVELS_TRAINED,
     source="Défossez et al. 2022, arXiv 2104.09987, section 3",
 )

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from workers.techniques.quantisation.shared_affine import KernelLinear, linears, symmetric_int8
 from workers.techniques.quantisation.shared_packed_embeddings import pack_embeddings, rebuild_embeddings
 from workers.techniques.quantisation.weight_only import int8_table, packed
-from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, choice
+from workers.techniques.record import Applied, ModelInfo, Rule, Surroundings, Technique, choice
 
 
 @dataclass(frozen=True)
@@ -117,5 +117,7 @@ TECHNIQUE = Technique(
     rebuild=rebuild,
     check=check,
     models=("timm", "vilt", "meter"),
+    rules=(Rule(("precision",), "forbidden", "the dynamic int8 kernel takes float32 activations only"),),
+    not_on={"cuda": "the dynamic int8 kernel runs on the CPU only"},
     source="Jacob et al. 2018, arXiv 1712.05877, section 2; PyTorch eager dynamic quantisation",
 )

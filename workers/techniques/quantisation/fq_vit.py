@@ -31,7 +31,7 @@ from workers.techniques.quantisation.shared_quantised_attention import (
     quantisers,
     replace_attention,
 )
-from workers.techniques.record import Applied, Surroundings, Technique, choice
+from workers.techniques.record import Applied, Rule, Surroundings, Technique, choice
 
 EXP = (0.35815147, 0.96963238, 1.0)
 """exp(p) ~ a p^2 + b p + c for p in (-ln 2, 0]: the polynomial of I-BERT, multiplied out."""
@@ -250,5 +250,12 @@ TECHNIQUE = Technique(
     apply=apply_,
     rebuild=rebuild,
     simulated=_simulated,
+    rules=(
+        Rule(
+            ("tome", "pitome"),
+            "allowed",
+            "log size is added before the logits are quantised, calibrated after the merging",
+        ),
+    ),
     source="FQ-ViT, arXiv 2111.13824, Power-of-Two Factor and Log-Int-Softmax",
 )

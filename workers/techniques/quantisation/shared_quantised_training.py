@@ -26,7 +26,21 @@ from workers.techniques.quantisation.shared_packed_embeddings import (
     train_embeddings,
 )
 from workers.techniques.quantisation.weight_only import int8_table, packed
-from workers.techniques.record import Applied, Surroundings, Technique, choice, number
+from workers.techniques.record import Applied, Rule, Surroundings, Technique, choice, number
+
+LEVELS_TRAINED = (
+    Rule(
+        ("importance_prune",),
+        "forbidden",
+        "both end with the same training: gates would be multiplied into weights whose levels are fixed",
+    ),
+    Rule(
+        ("precision",),
+        "forbidden",
+        "the training fixes levels for float32, and packs the weights before they could be converted",
+    ),
+)
+"""Of every technique whose levels the recovery training fixes."""
 
 
 @dataclass(frozen=True)
@@ -194,5 +208,6 @@ def technique(
         finalise=lambda model, config: store(model),
         simulated=simulated,
         models=("timm", "vilt", "meter"),
+        rules=LEVELS_TRAINED,
         source=source,
     )

@@ -294,5 +294,6 @@ TECHNIQUE = Technique(
     check=check,
     simulated=simulated,
     models=("timm", "vilt", "meter"),
+    either_order={"precision": "scales from rounded or from unrounded weights"},
     source="round-to-nearest baseline of Frantar et al. 2023, arXiv 2210.17323, section 4; mixed: ZeroQ, arXiv 2001.00281",
 )

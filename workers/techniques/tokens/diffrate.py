@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from workers.techniques.record import Applied, LossInputs, LossTerm, ModelInfo, Surroundings, Technique, number
 from workers.techniques.tokens.shared_blocks import (
+    NEEDS_ATTENTION_MAP,
     Seen,
     TokenBlocks,
     Tokens,
@@ -369,5 +370,6 @@ TECHNIQUE = Technique(
     loss=_loss,
     parameter_groups=_groups,
     finalise=_finalise,
+    rules=(NEEDS_ATTENTION_MAP,),
     source="DiffRate, arXiv 2305.17997, section 3",
 )

@@ -26,6 +26,7 @@ from workers.techniques.backbones import by_backbone
 from workers.techniques.distillation.distill import soft_loss
 from workers.techniques.record import Applied, LossInputs, LossTerm, ModelInfo, Surroundings, Technique, choice, number
 from workers.techniques.tokens.shared_blocks import (
+    NEEDS_ATTENTION_MAP,
     TokenBlocks,
     Tokens,
     best_first,
@@ -268,5 +269,6 @@ TECHNIQUE = Technique(
     loss=by_backbone(_loss, HALVES),
     info_after=_after,
     models=("timm", "vilt", "meter"),
+    rules=(NEEDS_ATTENTION_MAP,),
     source="DynamicViT, arXiv 2106.02034, sections 3.2 to 3.4",
 )

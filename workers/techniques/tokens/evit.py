@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, number
 from workers.techniques.tokens.shared_blocks import (
+    NEEDS_ATTENTION_MAP,
     Seen,
     TokenBlocks,
     Tokens,
@@ -148,5 +149,6 @@ TECHNIQUE = Technique(
     check=_check,
     identity={"keep": 1.0},
     trains=_trains,
+    rules=(NEEDS_ATTENTION_MAP,),
     source="EViT, arXiv 2202.07800, section 3",
 )

@@ -24,7 +24,11 @@ from torch import Tensor, nn
 
 from workers.techniques.distillation.distill import soft_loss
 from workers.techniques.record import Applied, LossInputs, LossTerm, ModelInfo, Surroundings, Technique, choice, number
-from workers.techniques.tokens.shared_blocks import best_first, rows
+from workers.techniques.tokens.shared_blocks import (
+    NEEDS_ATTENTION_MAP,
+    best_first,
+    rows,
+)
 from workers.techniques.tokens.shared_joint_tokens import (
     HIDDEN,
     LAYER_NAMES,
@@ -266,5 +270,6 @@ TECHNIQUE = Technique(
     loss=_loss,
     info_after=_after,
     models=tuple(LAYERS),
+    rules=(NEEDS_ATTENTION_MAP,),
     source="PuMer, arXiv 2305.17530, section 3",
 )

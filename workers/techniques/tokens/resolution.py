@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workers.techniques.backbones import by_backbone
-from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, number
+from workers.techniques.record import Applied, ModelInfo, Rule, Surroundings, Technique, number
 
 
 @dataclass(frozen=True)
@@ -110,5 +110,6 @@ TECHNIQUE = Technique(
     trains=_trains,
     info_after=_after,
     models=("timm", "vilt", "meter"),
+    rules=(Rule(("token_reduction",), "allowed", "a smaller image only makes the sequence shorter"),),
     source="arXiv 1906.06423; position embeddings arXiv 2010.11929, section 3.2",
 )

@@ -20,8 +20,14 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from workers.techniques.record import Rule
+
 NEVER = 1e-6
 """Weight of a masked key beside 1 for the others: its logarithm is finite, hence also its gradient."""
+
+
+NEEDS_ATTENTION_MAP = Rule(("low_rank_attention",), "forbidden", "low-rank attention has no attention map to score by")
+"""Of every technique that scores tokens by the attention they get."""
 
 
 # --- sequences --------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workers.techniques.backbones import by_backbone
-from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, choice, number
+from workers.techniques.record import Applied, ModelInfo, Rule, Surroundings, Technique, choice, number
 from workers.techniques.tokens.shared_blocks import best_first, require_blocks
 from workers.techniques.tokens.shared_merging import Matching, MergingBlocks
 
@@ -174,5 +174,8 @@ TECHNIQUE = Technique(
     identity={"r": 0},
     info_after=_after,
     models=("timm", "vilt", "meter"),
+    rules=(
+        Rule(("pumer",), "allowed", "ToMe works in the image tower, PuMer in the fusion layers", only_on=("meter",)),
+    ),
     source="Token Merging: Your ViT But Faster, arXiv 2210.09461, section 3",
 )
