@@ -27,12 +27,17 @@ def resolve_techniques(named: object, family: str = "timm") -> tuple[dict[str, d
     Args:
         family: of the study's model; a technique that does not work on it is a fault.
     """
-    from workers.techniques import registry  # imports torch
+    from workers.techniques import left_out, registry  # imports torch once asked
 
     resolved: dict[str, dict[str, Any]] = {}
     faults: list[Fault] = []
     for name, given in named.items() if isinstance(named, Mapping) else ():
         where = f"techniques.{name}"
+        broken = next((b for b in left_out() if b.name == name), None)
+        if name not in registry() and broken:
+            remedy = f"repair {broken.package}, or uninstall it and leave the technique out"
+            faults.append(Fault(where, f"must be a technique that can be used: {broken}", name, remedy))
+            continue
         if name not in registry():
             faults.append(Fault(where, "must be a known technique", name, nearest(name, registry())))
             continue

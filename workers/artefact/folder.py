@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from workers import models
 from workers.node.storage import Storage, open_storage
-from workers.techniques import registry
+from workers.techniques import registry, unknown
 from workers.trial import canonical_json
 
 SCHEMA = 1
@@ -196,7 +196,7 @@ def _structure(path: str | Path, found: Mapping[str, Any]) -> nn.Module:
         for step in found["steps"]:
             technique = registry().get(step["technique"])
             if technique is None:
-                raise ArtefactError(f"artefact {path}: technique {step['technique']!r} is not known here")
+                raise ArtefactError(f"artefact {path}: technique {step['technique']!r} {unknown(step['technique'])}")
             if technique.version != step["version"]:
                 raise ArtefactError(
                     f"artefact {path}: made with version {step['version']} of {technique.name}, this is version "

@@ -101,7 +101,8 @@ def _known() -> tuple[dict[str, Technique], tuple[LeftOut, ...]]:
             broken += [_left_out(point, error) for point, _, error in refused]
             break
         waiting = [(point, technique) for point, technique, _ in refused]
-    return found, tuple(sorted(broken, key=lambda b: (b.name, b.package)))
+    others = {name: found[name] for name in sorted(set(found) - set(NAMES))}
+    return {**{name: found[name] for name in NAMES}, **others}, tuple(sorted(broken, key=lambda b: (b.name, b.package)))
 
 
 def _load(point: EntryPoint, taken: set[str]) -> Technique:

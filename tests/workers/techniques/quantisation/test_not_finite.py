@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from tests.workers.techniques import vlm as vision_language
 from tests.workers.techniques.models import surroundings, vit
-from workers.techniques import registry
+from workers.techniques import NAMES, registry
 from workers.techniques.quantisation.fq_vit import LogIntSoftmax, log2_codes, powers_of_two
 from workers.techniques.quantisation.repq_vit import MapQuantiser, QuantisedSoftmax, from_log2, sqrt2_codes
 from workers.techniques.quantisation.shared_affine import NotQuantisable, require_finite_parameters
 from workers.techniques.record import Surroundings, Technique
 
-QUANTISERS = [technique for technique in registry().values() if technique.family == "quantisation"]
+QUANTISERS = [registry()[name] for name in NAMES if registry()[name].family == "quantisation"]
 every_quantiser = pytest.mark.parametrize(
     "technique", [t for t in QUANTISERS if "timm" in t.models], ids=lambda t: t.name
 )
