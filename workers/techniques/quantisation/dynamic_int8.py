@@ -56,15 +56,16 @@ class DynamicInt8Linear(KernelLinear):
 
     def pack_for_kernel(self) -> Any:
         """Returns the packed weight and bias of ``quantized::linear_prepack``."""
+        weight = self.weight.contiguous()
         with warnings.catch_warnings():
             # PyTorch deprecates quantised tensors but offers the kernel no other way in.
             warnings.filterwarnings("ignore", message="torch.quantize_per_tensor, torch.quantize_per_channel")
             if self.scale.ndim:
                 zeros = torch.zeros(self.out_features, dtype=torch.long)
                 make = torch._make_per_channel_quantized_tensor
-                q = make(self.weight, self.scale.double(), zeros, 0)
+                q = make(weight, self.scale.double(), zeros, 0)
             else:
-                q = torch._make_per_tensor_quantized_tensor(self.weight, self.scale.item(), 0)
+                q = torch._make_per_tensor_quantized_tensor(weight, self.scale.item(), 0)
         bias = None if self.bias is None else self.bias.float()
         return torch.ops.quantized.linear_prepack(q, bias)
 

@@ -132,7 +132,7 @@ class Float8Linear(KernelLinear):
         """Quantises a layer."""
         layer = cls.like(linear)
         codes, scale = encoded(linear.weight.detach().float())
-        layer.weight, layer.scale = codes.view(torch.uint8), scale[:, 0]
+        layer.weight, layer.scale = codes.contiguous().view(torch.uint8), scale[:, 0].contiguous()
         if linear.bias is not None:
             layer.bias = linear.bias.detach().clone()
         return layer
@@ -144,6 +144,9 @@ class Float8Linear(KernelLinear):
             return ()
         below, behind = -self.out_features % MULTIPLE, -self.in_features % MULTIPLE
         weight = F.pad(self.weight, (0, behind, 0, below)) if below or behind else self.weight
+        weight = (
+            weight.contiguous()
+        )  # row after row, so that its transpose is the column after column that the kernel takes
         return weight.view(torch.float8_e4m3fn).t(), F.pad(self.scale, (0, below), value=1.0)[None]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -157,7 +160,7 @@ class Float8Linear(KernelLinear):
     def kernel_product(self, rows: Tensor) -> Tensor:
         """rows (M, I) float32 -> (M, O) bfloat16, by the CUDA kernel."""
         weight, scale = self.packing
-        codes, steps = encoded(F.pad(rows, (0, -self.in_features % MULTIPLE)))
+        codes, steps = encoded(F.pad(rows, (0, -self.in_features % MULTIPLE)).contiguous())
         product = torch._scaled_mm(codes, weight, scale_a=steps, scale_b=scale, out_dtype=torch.bfloat16)
         return product[:, : self.out_features]
 

@@ -217,7 +217,7 @@ def round_(layer: Int8Linear, weight: Tensor, moment: Tensor, act_order: bool) -
         layer.scale = scale.to(layer.scale.dtype)
         layer.zero = torch.where(worse, nearest_grid.zero, grid.zero)
     else:
-        layer.weight, layer.scale = codes.to(torch.int8), scale[:, 0]
+        layer.weight, layer.scale = codes.to(torch.int8).contiguous(), scale[:, 0].contiguous()
 
 
 # --- record -----------------------------------------------------------------------------------------------------------

@@ -96,13 +96,13 @@ def symmetric_int8(weight: Tensor, *, per_channel: bool) -> tuple[Tensor, Tensor
         per_channel: one scale a row, else one for all.
 
     Returns:
-        q (O, I) int8 in [-128, 127]; scale (O,) or () float32 = max |weight| / 127.5.
+        q (O, I) int8 in [-128, 127], contiguous; scale (O,) or () float32 = max |weight| / 127.5.
     """
     values = weight.detach().float()
     peak = values.abs().amax(1) if per_channel else values.abs().amax()
     scale = (peak / 127.5).clamp_min(_EPS)
     step = scale[:, None] if per_channel else scale
-    return (values * (1.0 / step)).round().clamp(-128, 127).to(torch.int8), scale
+    return (values * (1.0 / step)).round().clamp(-128, 127).to(torch.int8).contiguous(), scale
 
 
 def grouped_affine(
@@ -157,7 +157,7 @@ def packed_bytes(columns: int, bits: int) -> int:
 
 
 def pack_bits(q: Tensor, bits: int) -> Tensor:
-    """Packs q (O, I), an integer type below 2^bits, into (O, packed_bytes(I, bits)) uint8; bits from 1 to 15.
+    """Packs q (O, I), an integer type below 2^bits, into (O, packed_bytes(I, bits)) uint8, contiguous; bits from 1 to 15.
 
     The bits are stored in planes of 8, 4, 2 and 1, the lowest bits in the widest plane. In a plane a byte holds weights that
     lie 1/2, 1/4 or 1/8 of a row apart, so that unpacking is contiguous copies (four times as fast as interleaving).
@@ -173,7 +173,7 @@ def pack_bits(q: Tensor, bits: int) -> Tensor:
             plane = plane | (parts[:, i] << (i * width))
         planes.append(plane)
         shift += width
-    return planes[0] if len(planes) == 1 else torch.cat(planes, 1)
+    return (planes[0] if len(planes) == 1 else torch.cat(planes, 1)).contiguous()
 
 
 def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
@@ -289,6 +289,7 @@ class KernelLinear(QuantisedLinear):
     """One that hands a kernel its own packing of the buffers.
 
     The packing is derived, so it is a plain attribute: made at first use, never stored, dropped when the buffers move.
+    Kernels read memory as it lies: what they get is contiguous, however the buffers came to lie.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -297,7 +298,7 @@ class KernelLinear(QuantisedLinear):
 
     @abstractmethod
     def pack_for_kernel(self) -> Any:
-        """Returns what the kernel takes in place of the buffers."""
+        """Returns what the kernel takes in place of the buffers, from contiguous copies of those that are not."""
 
     @property
     def packing(self) -> Any:

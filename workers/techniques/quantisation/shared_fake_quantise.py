@@ -146,7 +146,7 @@ class FakeQuantised(nn.Linear, ABC):
         require_finite(self.weight, "the trained weight")
         (scale, lowest), bias = self.input_grid(None), self.bias is not None
         made = StoredIntegers(self.in_features, self.out_features, bias=bias)
-        made.weight = _inside(self.weight / self.weight_scale(), *self.limits).round().to(torch.int8)
+        made.weight = _inside(self.weight / self.weight_scale(), *self.limits).round().to(torch.int8).contiguous()
         made.weight_scale = self.weight_scale().detach().expand(self.out_features, 1)[:, 0].clone()
         made.bias = self.bias.detach().clone() if bias else None
         made.input_scale = scale.detach().clone()

@@ -50,7 +50,7 @@ class Packing:
     Attributes:
         scale, zero: of the activations; 1 and 128 where each token has its own scale.
         onednn: oneDNN's layout of the weight, None off the CPU.
-        columns: (I, O) int8, a view of the weight, or a copy padded where CUDA needs it.
+        columns: (I, O) int8, a view of the weight where it is contiguous, or a copy padded where CUDA needs it.
         factor: (O,) float32, what a sum of integers is worth; offset: (O,) float32, of bias and zero point.
     """
 
@@ -109,10 +109,11 @@ class IntegerLinear(KernelLinear):
         scale, zero = (float(self.input_scale), int(self.input_zero)) if self.static else (1.0, 128)
         cpu, cuda = self.weight.device.type == "cpu" and CPU_KERNEL, self.weight.is_cuda
         below, behind = -self.out_features % CUDA_MULTIPLE, -self.in_features % CUDA_MULTIPLE
-        weight = F.pad(self.weight, (0, behind, 0, below)) if cuda and (below or behind) else self.weight
+        stored = self.weight.contiguous()
+        weight = F.pad(stored, (0, behind, 0, below)) if cuda and (below or behind) else stored
         factor = self.weight_scale * scale
         offset = (128 - zero) * self.weight.sum(1, dtype=torch.int32) * factor
-        onednn = torch.ops.onednn.qlinear_prepack(self.weight, None) if cpu else None
+        onednn = torch.ops.onednn.qlinear_prepack(stored, None) if cpu else None
         bias = 0 if self.bias is None else self.bias.float()
         return Packing(scale, zero, onednn, weight.t(), factor, offset + bias)
 
@@ -180,5 +181,5 @@ class IntegerLinear(KernelLinear):
         count = len(signed)
         if signed.is_cuda:
             signed = F.pad(signed, (0, -self.in_features % CUDA_MULTIPLE, 0, max(0, CUDA_ROWS - count)))
-        sums = torch._int_mm(signed.to(torch.int8), packing.columns)
+        sums = torch._int_mm(signed.to(torch.int8).contiguous(), packing.columns)
         return sums[:count, : self.out_features].float()

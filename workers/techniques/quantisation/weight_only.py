@@ -109,12 +109,14 @@ class Int8Linear(Table):
     def pack_for_kernel(self) -> tuple[Tensor, Tensor]:
         """Returns the weight (O, I padded), which is the stored one where nothing is to pad, and the scale."""
         padding = -self.in_features % _INT8_IN_MULTIPLE
-        return F.pad(self.weight, (0, padding)) if padding else self.weight, self.scale.bfloat16()
+        weight = F.pad(self.weight, (0, padding)) if padding else self.weight
+        return weight.contiguous(), self.scale.bfloat16()
 
     def packed_product(self, rows: Tensor) -> Tensor:
         """rows (M, I) bfloat16 -> (M, O) bfloat16."""
         weight, scale = self.packing
-        return torch._weight_int8pack_mm(F.pad(rows, (0, -self.in_features % _INT8_IN_MULTIPLE)), weight, scale)
+        padded = F.pad(rows, (0, -self.in_features % _INT8_IN_MULTIPLE)).contiguous()
+        return torch._weight_int8pack_mm(padded, weight, scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., I) any floating type -> (..., O) same type."""
