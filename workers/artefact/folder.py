@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from workers import models
 from workers.node.storage import Storage, open_storage
 from workers.techniques import registry, unknown
+from workers.techniques.record import Technique
 from workers.trial import canonical_json
 
 SCHEMA = 1
@@ -153,8 +154,13 @@ def size_bytes(path: str | Path) -> int:
     return sum(len(storage.read(name)) for name in (TENSORS, MANIFEST))
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+def load(
+    path: str | Path, device: str | torch.device = "cpu", *, techniques: Mapping[str, Technique] | None = None
+) -> nn.Module:
     """Loads the artefact at ``path`` (a folder or an fsspec URL) onto ``device``, in eval mode.
+
+    Args:
+        techniques: by name, those that its steps may be of; None for all that are installed.
 
     Returns:
         a model that takes float32 normalised images (B, C, H, W) and returns float32 logits (B, classes).
@@ -164,7 +170,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """
     found = manifest(path)
     tensors = _read_tensors(path, found)
-    model = _structure(path, found)
+    model = _structure(path, found, registry() if techniques is None else techniques)
     placed = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
     placed |= {name: placed[owner] for name, owner in found["aliases"].items()}
     _assign(path, model, placed)
@@ -189,12 +195,12 @@ def _read_tensors(path: str | Path, found: Mapping[str, Any]) -> dict[str, Tenso
     return tensors
 
 
-def _structure(path: str | Path, found: Mapping[str, Any]) -> nn.Module:
+def _structure(path: str | Path, found: Mapping[str, Any], known: Mapping[str, Technique]) -> nn.Module:
     """Builds the compressed structure on the meta device."""
     try:
         model = models.skeleton(found["model"])
         for step in found["steps"]:
-            technique = registry().get(step["technique"])
+            technique = known.get(step["technique"])
             if technique is None:
                 raise ArtefactError(f"artefact {path}: technique {step['technique']!r} {unknown(step['technique'])}")
             if technique.version != step["version"]:

@@ -1,31 +1,28 @@
-"""What every registered technique must do, whoever wrote it. A technique without a sample here fails the collection.
+"""The contract (workers.techniques.contract) asked of every built-in technique, and that it finds what breaks it.
 
-Pairs in each legal order are in tests/workers/artefact/test_artefact.py (saved and loaded) and test_pairs.py (trained too)."""
+A technique without a sample here fails the collection. Pairs in each legal order are in tests/workers/artefact/test_artefact.py
+(saved and loaded) and test_pairs.py (trained too).
+"""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from tests.workers.techniques.models import VARIANTS, images, surroundings, vit
-from workers.models import model_info
-from workers.techniques import registry
-from workers.techniques.record import (
-    Applied,
-    LossInputs,
-    Options,
-    Range,
-    Technique,
-    config_faults,
-    defaults,
-    domains,
-    make_config,
-)
+from tests.places import ROOT
+from workers.techniques import NAMES, contract, registry
+from workers.techniques.contract import Case
+from workers.techniques.contract_models import VARIANTS
+from workers.techniques.contract_subject import require_same_tensors
+from workers.techniques.record import Applied, LossInputs, LossTerm, Rule, Surroundings, Technique, number
 
 SAMPLES: dict[str, dict[str, Any]] = {
     "distill": {"depth": 0.5, "width": 0.5, "alpha": 0.3},
@@ -60,173 +57,200 @@ SAMPLES: dict[str, dict[str, Any]] = {
 """One config of each technique for image models that changes what a model computes. Techniques for vision-language models alone
 have theirs in tests/workers/techniques/tokens/test_contract_vlm.py."""
 
-KNOWN_FROM_DATA = {"taylor_prune"}
+SIZES_FROM_DATA = {"taylor_prune"}
 """Techniques that decide on data what each block keeps: nobody can tell their dimensions beforehand."""
 
-LACKING = sorted({name for name, technique in registry().items() if "timm" in technique.models} - set(SAMPLES))
+LACKING = sorted({name for name in NAMES if "timm" in registry()[name].models} - set(SAMPLES))
 assert not LACKING, f"tests/workers/techniques/test_contract.py: SAMPLES lacks a config for {', '.join(LACKING)}"
 
-TECHNIQUES = [registry()[name] for name in SAMPLES]
-every_technique = pytest.mark.parametrize("technique", TECHNIQUES, ids=lambda t: t.name)
-with_identity = pytest.mark.parametrize(
-    "technique", [t for t in TECHNIQUES if t.identity is not None], ids=lambda t: t.name
+CASES = [
+    case
+    for name, sample in SAMPLES.items()
+    for case in contract.cases(registry()[name], sample, VARIANTS, sizes_from_data=name in SIZES_FROM_DATA)
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_contract(case: Case) -> None:
+    case()
+
+
+# --- what the contract finds ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """How much."""
+
+    factor: float = number(1.5, 1.0, 2.0, 0.25, doc="by which a layer is multiplied")
+
+
+@torch.no_grad()
+def scale(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+    """Multiplies the first MLP's first layer."""
+    linear: Any = model.get_submodule("blocks.0.mlp.fc1")
+    linear.weight.mul_(config.factor)
+    return Applied(model, {"factor": config.factor}, ["blocks.0.mlp.fc1"])
+
+
+def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
+    return model
+
+
+SOUND = Technique(
+    "scale", "pruning", 1, Config, "surgery", apply=scale, rebuild=rebuild, source="nobody", identity={"factor": 1.0}
 )
-with_loss = pytest.mark.parametrize("technique", [t for t in TECHNIQUES if t.loss is not None], ids=lambda t: t.name)
-every_variant = pytest.mark.parametrize("variant", VARIANTS)
+SAMPLE = {"factor": 1.25}
 
 
-def apply(technique: Technique, values: dict[str, Any], variant: str = "class", seed: int = 0) -> Applied:
-    model = vit(variant)
-    applied = technique.apply(model, make_config(technique.Config, values), surroundings(model, seed))
-    applied.model.eval()
-    return applied
+def test_a_sound_technique_passes() -> None:
+    contract.check(SOUND, SAMPLE)
 
 
-def logits(model: Any) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(images())
+def changed(changes: Any) -> Any:
+    """Scales as SOUND does, and does ``changes`` to what it applied."""
+
+    def apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+        applied = scale(model, config, surroundings)
+        changes(applied, surroundings)
+        return applied
+
+    return apply
 
 
-@with_identity
-@every_variant
-def test_identity_settings_reproduce_the_logits(technique: Technique, variant: str) -> None:
-    assert technique.identity is not None
-    model = apply(technique, dict(technique.identity), variant).model
-    torch.testing.assert_close(logits(model), logits(vit(variant)), atol=1e-6, rtol=1e-6)
+def by_columns(applied: Applied, around: Surroundings) -> None:
+    linear: Any = applied.model.get_submodule("blocks.0.mlp.fc1")
+    linear.weight = nn.Parameter(linear.weight.detach().t().contiguous().t())
 
 
-@every_technique
-@every_variant
-def test_a_sample_changes_the_model_and_keeps_the_output(technique: Technique, variant: str) -> None:
-    applied = apply(technique, SAMPLES[technique.name], variant)
-    assert applied.changed
-    out = logits(applied.model)
-    assert out.shape == (4, 5)
-    assert out.dtype == torch.float32
-    assert bool(out.isfinite().all())
-    assert not torch.equal(out, logits(vit(variant)))
+def forgets(applied: Applied, around: Surroundings) -> None:
+    applied.changed = []
 
 
-@every_technique
-def test_the_same_seed_gives_the_same_model(technique: Technique) -> None:
-    torch.manual_seed(1)
-    one = apply(technique, SAMPLES[technique.name])
-    torch.manual_seed(2)
-    two = apply(technique, SAMPLES[technique.name])
-    assert one.resolved == two.resolved
-    torch.testing.assert_close(logits(one.model), logits(two.model), rtol=0, atol=0)
+def tensors_in_resolved(applied: Applied, around: Surroundings) -> None:
+    applied.resolved["factor"] = torch.tensor(1.0)
 
 
-@every_technique
-def test_the_global_generator_is_left_alone(technique: Technique) -> None:
-    model = vit()
-    around, config = surroundings(model), make_config(technique.Config, SAMPLES[technique.name])
-    state = torch.get_rng_state()
-    technique.apply(model, config, around)
-    assert torch.equal(torch.get_rng_state(), state)
+def tuples_in_resolved(applied: Applied, around: Surroundings) -> None:
+    applied.resolved["factors"] = (1, 2)
 
 
-@every_technique
-@every_variant
-def test_rebuild_takes_the_state_dict_and_computes_the_same(technique: Technique, variant: str) -> None:
-    applied = apply(technique, SAMPLES[technique.name], variant)
-    resolved = json.loads(json.dumps(applied.resolved))
-    assert resolved == applied.resolved
-    skeleton = technique.rebuild(vit(variant, device="meta"), resolved).eval()
-    tensors = {k: v.clone() for k, v in applied.model.state_dict().items()}
-    skeleton.load_state_dict(tensors, strict=True, assign=True)
-    assert not [n for n, t in [*skeleton.named_parameters(), *skeleton.named_buffers()] if t.is_meta]
-    torch.testing.assert_close(logits(skeleton), logits(applied.model), rtol=0, atol=0)
+def draws_globally(applied: Applied, around: Surroundings) -> None:
+    applied.model.get_submodule("head").bias.data.add_(torch.rand(5))
 
 
-@every_technique
-def test_a_changed_model_can_be_copied(technique: Technique) -> None:
-    model = apply(technique, SAMPLES[technique.name]).model
-    torch.testing.assert_close(logits(copy.deepcopy(model)), logits(model), rtol=0, atol=0)
+def structure(applied: Applied, around: Surroundings) -> None:
+    applied.model.set_submodule("head", nn.Sequential(applied.model.get_submodule("head"), nn.Identity()))
 
 
-@every_technique
-def test_config_goes_through_json(technique: Technique) -> None:
-    for values in ({}, SAMPLES[technique.name], dict(technique.identity or {})):
-        config = make_config(technique.Config, values)
-        again = make_config(technique.Config, json.loads(json.dumps(dataclasses.asdict(config))))
-        assert again == config
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(config, dataclasses.fields(config)[0].name, None)
+def half(applied: Applied, around: Surroundings) -> None:
+    applied.model.register_forward_hook(lambda module, given, out: out.half())
 
 
-@every_technique
-def test_defaults_and_searched_parts_are_allowed(technique: Technique) -> None:
-    assert config_faults(technique.Config, defaults(technique.Config)) == []
-    for name, domain in domains(technique.Config).items():
-        searched = domain.search if isinstance(domain, Options) else (domain.search_low, domain.search_high)
-        assert searched
-        for value in searched:
-            assert domain.fault(value) is None, f"{technique.name}.{name}: searches {value!r}"
-        if isinstance(domain, Range):
-            span = (domain.search_high - domain.search_low) / domain.search_step
-            step = domain.search_step / domain.step
-            assert span == pytest.approx(round(span)), f"{technique.name}.{name}: the last step misses the end"
-            assert step == pytest.approx(round(step)), f"{technique.name}.{name}: searches between the allowed values"
+def hidden_state(applied: Applied, around: Surroundings) -> None:
+    offset = torch.rand((), generator=around.generator)
+    applied.model.register_forward_hook(lambda module, given, out: out + offset)
 
 
-@every_technique
-def test_what_is_out_of_range_gives_a_reason(technique: Technique) -> None:
-    for name, domain in domains(technique.Config).items():
-        wrong: list[Any] = ["no such value", None]
-        if isinstance(domain, Range):
-            wrong += [domain.low - domain.step, domain.high + domain.step, domain.low + domain.step / 3]
-        for value in wrong:
-            faults = config_faults(technique.Config, {name: value})
-            assert [n for n, _ in faults] == [name]
-            assert faults[0][1].startswith("must be")
-            with pytest.raises(ValueError, match=f"^{name}: must be"):
-                make_config(technique.Config, {name: value})
-    assert config_faults(technique.Config, {"no_such_parameter": 1})[0][1].startswith("unknown parameter; known: ")
+def shorter(applied: Applied, around: Surroundings) -> None:
+    model: Any = applied.model
+    model.blocks = model.blocks[:2]
 
 
-@every_technique
-@every_variant
-def test_check_gives_a_reason_or_none(technique: Technique, variant: str) -> None:
-    for device in ("cpu", "cuda"):
-        facts = model_info(vit(variant), device)
-        for values in ({}, SAMPLES[technique.name]):
-            reason = technique.check(facts, make_config(technique.Config, values))
-            assert reason is None or (isinstance(reason, str) and reason)
-    assert (
-        technique.check(model_info(vit(variant), "cpu"), make_config(technique.Config, SAMPLES[technique.name])) is None
+def untrained(inputs: LossInputs, config: Any) -> LossTerm:
+    return LossTerm(1.0, (inputs.logits.detach().sum() * torch.ones((), requires_grad=True)))
+
+
+def vector(inputs: LossInputs, config: Any) -> LossTerm:
+    return LossTerm(1.0, inputs.logits.sum(0))
+
+
+@dataclass(frozen=True)
+class OffGrid:
+    """Has a default that is not allowed, and says nothing of it."""
+
+    factor: float = number(1.6, 1.0, 2.0, 0.25, doc="")
+
+
+@dataclass(frozen=True)
+class Between:
+    """Searches what is not allowed, from a default that is."""
+
+    factor: float = number(1.5, 1.0, 2.0, 0.25, search=(1.0, 1.9, 0.3), doc="by which a layer is multiplied")
+
+
+@dataclass
+class Thawed:
+    """Can be changed."""
+
+    factor: float = number(1.5, 1.0, 2.0, 0.25, doc="by which a layer is multiplied")
+
+
+BROKEN: dict[str, tuple[Technique, str]] = {
+    "column after column": (
+        replace(SOUND, apply=changed(by_columns)),
+        r"must be contiguous .*blocks\.0\.mlp\.fc1\.weight: float32 of \(64, 32\) with strides \(1, 64\)",
+    ),
+    "names nothing": (replace(SOUND, apply=changed(forgets)), "changed must name the modules"),
+    "tensor resolved": (replace(SOUND, apply=changed(tensors_in_resolved)), "resolved must be plain JSON"),
+    "tuple resolved": (replace(SOUND, apply=changed(tuples_in_resolved)), "resolved must come back from JSON"),
+    "global draw": (replace(SOUND, apply=changed(draws_globally)), "draw from surroundings.generator"),
+    "global seed": (
+        replace(SOUND, apply=changed(draws_globally)),
+        "same seed must give the same logits: 20 of 20 values",
+    ),
+    "structure": (replace(SOUND, apply=changed(structure)), "rebuild must make the structure that apply left"),
+    "type": (replace(SOUND, apply=changed(half)), "logits must stay float32, are torch.float16"),
+    "hidden state": (
+        replace(SOUND, apply=changed(hidden_state)),
+        "saved and loaded, the logits: 20 of 20 values differ",
+    ),
+    "facts": (replace(SOUND, apply=changed(shorter)), "info_after says depth 3, the model has 2"),
+    "identity": (
+        replace(SOUND, identity={"factor": 2.0}),
+        "with identity settings the logits must stay: .* differ, by up to",
+    ),
+    "no change": (replace(SOUND, apply=lambda m, c, s: Applied(m, {}, ["head"])), "sample must change the logits"),
+    "check": (replace(SOUND, check=lambda info, config: ""), "check must say why, or None: ''"),
+    "never": (replace(SOUND, check=lambda info, config: "never"), "nothing against the sample on this variant: never"),
+    "loss": (replace(SOUND, loss=vector), r"must be one number, has shape \(5,\)"),
+    "no gradient": (replace(SOUND, loss=untrained), "must have a gradient for some parameter"),
+    "teacher": (replace(SOUND, needs_teacher=lambda config: True), "must have a loss"),
+    "off the grid": (replace(SOUND, Config=OffGrid), "defaults must be allowed: .*factor.*multiple of 0.25"),
+    "between": (replace(SOUND, Config=Between), "factor: searches 1.9, which must be"),
+    "undocumented": (replace(SOUND, Config=OffGrid), "parameters must say what they are: factor"),
+    "thawed": (replace(SOUND, Config=Thawed), "Config must be frozen"),
+    "no source": (replace(SOUND, source=""), "source must name"),
+    "version": (replace(SOUND, version=0), "version must be at least 1"),
+    "unknown rule": (replace(SOUND, rules=(Rule(("tomme",), "forbidden", "no"),)), r"these are neither: \['tomme'\]"),
+    "contradiction": (
+        replace(SOUND, family="token_reduction", rules=(Rule(("low_rank_attention",), "allowed", "yes"),)),
+        "contradict one another",
+    ),
+    "place": (replace(SOUND, family="quantisation"), "conversion comes after surgery: say in the family"),
+    "device": (replace(SOUND, not_on={"tpu": "no"}), "must name cpu or cuda"),
+}
+
+
+@pytest.mark.parametrize(("technique", "message"), BROKEN.values(), ids=BROKEN.keys())
+def test_what_breaks_the_contract_is_said(technique: Technique, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        contract.check(technique, SAMPLE, variants=["class"])
+
+
+def test_tensors_that_differ_are_named_with_type_and_strides() -> None:
+    one: dict[str, Tensor] = {"a": torch.zeros(2, 3), "b": torch.zeros(2), "c": torch.zeros(1)}
+    other = {**one, "a": torch.zeros(3, 2).t() + torch.tensor([0.0, 0.5, 0.0]), "b": torch.zeros(2, dtype=torch.half)}
+    with pytest.raises(AssertionError) as caught:
+        require_same_tensors(other, one, "loaded")
+    assert str(caught.value) == (
+        "loaded: a: 2 of 6 values differ, by up to 0.5; float32 of (2, 3) with strides (1, 2), expected float32 of (2, 3) "
+        "with strides (3, 1); b: float16 of (2,) with strides (1,), expected float32 of (2,) with strides (1,)"
     )
+    with pytest.raises(AssertionError, match="only one of both has: d"):
+        require_same_tensors({**one, "d": one["a"]}, one, "loaded")
 
 
-@every_technique
-@every_variant
-def test_facts_afterwards_are_those_of_the_model(technique: Technique, variant: str) -> None:
-    model = vit(variant, qkv_bias=True)
-    config = make_config(technique.Config, SAMPLES[technique.name])
-    told = technique.info_after(model_info(model, "cpu"), config)
-    found = model_info(technique.apply(model, config, surroundings(model)).model, "cpu")
-    counts = ("embed_dim", "head_dim", "num_heads", "mlp_hidden")
-    for name in ("depth", "num_tokens", "num_classes", *(counts if technique.name not in KNOWN_FROM_DATA else ())):
-        assert getattr(told, name) == getattr(found, name), name
-
-
-@with_loss
-def test_the_extra_loss_trains_the_model(technique: Technique) -> None:
-    assert technique.loss is not None
-    config = make_config(technique.Config, SAMPLES[technique.name])
-    model = apply(technique, SAMPLES[technique.name]).model.train()
-    targets, teacher = torch.arange(4), torch.randn(4, 5, generator=torch.Generator().manual_seed(3))
-    term = technique.loss(LossInputs(model, images(), model(images()), targets, teacher, 0.0, teacher=vit()), config)
-    assert term.extra.ndim == 0
-    term.extra.backward()
-    assert any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in model.parameters())
-
-
-@every_technique
-def test_the_record_is_complete(technique: Technique) -> None:
-    assert technique.version >= 1
-    assert technique.source
-    assert technique.Config.__doc__
-    assert not technique.needs_teacher(technique.Config()) or technique.loss is not None
-    for field in dataclasses.fields(technique.Config):
-        assert field.metadata["doc"], f"{technique.name}.{field.name}"
+def test_the_contract_needs_no_pytest() -> None:
+    code = "import sys; import workers.techniques.contract; assert 'pytest' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})

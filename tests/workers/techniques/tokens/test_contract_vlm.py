@@ -6,7 +6,6 @@ Quantisation, precision, distillation and pruning of these models are in test_vl
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ from tests.vision_language import CLASSES, batch
 from tests.workers.techniques.vlm import FAMILIES, apply, describe, padded, surroundings, vlm
 from workers import artefact
 from workers.inputs import Inputs
-from workers.models import meter, model_info, vilt
-from workers.techniques import registry
-from workers.techniques.record import LossInputs, config_faults, defaults, make_config
+from workers.models import model_info
+from workers.techniques import NAMES, contract, registry
+from workers.techniques.contract import Case
+from workers.techniques.record import LossInputs, make_config
 
 SAMPLES: dict[str, dict[str, Any]] = {
     "pumer": {"layers": "0,2", "prune": 0.2},
@@ -34,18 +34,24 @@ CASES = [(family, name, SAMPLES[name]) for family in FAMILIES for name in SAMPLE
 CASES.append(("meter", "tome", {"r": 3, "where": "image_tower"}))
 every_case = pytest.mark.parametrize(("family", "name", "config"), CASES)
 
-LACKING = sorted({name for name, technique in registry().items() if "timm" not in technique.models} - set(SAMPLES))
+LACKING = sorted({name for name in NAMES if "timm" not in registry()[name].models} - set(SAMPLES))
 assert not LACKING, (
     f"tests/workers/techniques/tokens/test_contract_vlm.py: SAMPLES lacks a config for {', '.join(LACKING)}"
 )
-
-ARCHITECTURES: dict[str, Any] = {"vilt": vilt, "meter": meter}
 
 
 def logits(model: nn.Module, examples: dict[str, Tensor]) -> Tensor:
     with torch.inference_mode():
         found: Tensor = model(examples)
     return found
+
+
+CONTRACT = [case for family, name, config in CASES for case in contract.cases(registry()[name], config, [family])]
+
+
+@pytest.mark.parametrize("case", CONTRACT, ids=str)
+def test_contract(case: Case) -> None:
+    case()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,49 +83,6 @@ def test_a_sample_changes_the_model_and_keeps_the_output(family: str, name: str,
 
 
 @every_case
-def test_the_same_seed_gives_the_same_model(family: str, name: str, config: dict[str, Any]) -> None:
-    torch.manual_seed(1)
-    model = vlm(family)
-    state = torch.get_rng_state()
-    one = apply(registry()[name], copy.deepcopy(model), **config)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(2)
-    two = apply(registry()[name], model, **config)
-    assert one.resolved == two.resolved
-    assert torch.equal(logits(one.model, padded()), logits(two.model, padded()))
-
-
-@every_case
-def test_what_is_saved_comes_back(family: str, name: str, config: dict[str, Any], tmp_path: Path) -> None:
-    technique = registry()[name]
-    applied = apply(technique, vlm(family), **config)
-    resolved = json.loads(json.dumps(applied.resolved))
-    assert resolved == applied.resolved
-    skeleton = technique.rebuild(ARCHITECTURES[family].create(describe(family), device="meta"), resolved).eval()
-    assert {k: v.shape for k, v in skeleton.state_dict().items()} == {
-        k: v.shape for k, v in applied.model.state_dict().items()
-    }
-    step = {"technique": name, "version": technique.version, "resolved": resolved}
-    artefact.save(applied.model, tmp_path / "a", model_description=describe(family), steps=[step])
-    loaded = artefact.load(tmp_path / "a")
-    for examples in (padded(), batch("entailment")):
-        assert torch.equal(logits(loaded, examples), logits(applied.model, examples))
-        assert torch.equal(logits(copy.deepcopy(applied.model), examples), logits(loaded, examples))
-
-
-@every_case
-def test_facts_afterwards_are_those_of_the_model(family: str, name: str, config: dict[str, Any]) -> None:
-    technique, model = registry()[name], vlm(family)
-    told = technique.info_after(model_info(model), make_config(technique.Config, config))
-    found = model_info(apply(technique, model, **config).model)
-    for fact in (
-        *("depth", "embed_dim", "head_dim", "num_heads", "mlp_hidden", "image_size", "num_tokens", "num_text_tokens"),
-        *("num_classes", "reduces_tokens", "tower_depth"),
-    ):
-        assert getattr(told, fact) == getattr(found, fact), fact
-
-
-@every_case
 def test_a_step_of_training(family: str, name: str, config: dict[str, Any]) -> None:
     technique, teacher = registry()[name], vlm(family)
     made = make_config(technique.Config, config)
@@ -140,16 +103,6 @@ def test_a_step_of_training(family: str, name: str, config: dict[str, Any]) -> N
     torch.optim.SGD(model.parameters(), lr=0.01).step()
     assert bool(logits(model, padded()).isfinite().all())
     assert not torch.equal(logits(model, padded()), before)
-
-
-@pytest.mark.parametrize("name", SAMPLES)
-def test_a_technique_without_image_models_has_a_complete_record(name: str) -> None:
-    technique = registry()[name]
-    assert set(FAMILIES) <= set(technique.models)
-    assert config_faults(technique.Config, defaults(technique.Config)) == []
-    assert config_faults(technique.Config, SAMPLES[name]) == []
-    assert technique.source
-    assert not technique.needs_teacher(technique.Config()) or technique.loss is not None
 
 
 def test_two_reducers_of_the_same_layers_are_refused() -> None:
