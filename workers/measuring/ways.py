@@ -37,7 +37,7 @@ def as_way(model: nn.Module, name: str) -> nn.Module:
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             setattr(module, "fused_attn", True)  # noqa: B010 - nn.Module declares no such attribute
-    run = model if dtype == "fp32" else precision.rebuild(copy.deepcopy(model), {"dtype": dtype})
+    run = model if dtype == "fp32" else precision.TECHNIQUE.rebuild(copy.deepcopy(model), {"dtype": dtype})
     return compile_model(run.eval()) if name.endswith(COMPILE) else run.eval()
 
 

@@ -75,7 +75,7 @@ class DynamicInt8Linear(KernelLinear):
         return y.to(x.dtype)
 
 
-def check(info: ModelInfo, config: Config) -> str | None:
+def _check(info: ModelInfo, config: Config) -> str | None:
     """Returns why the kernel cannot run on this device, or None."""
     if info.device != "cpu":
         return f"the dynamic int8 kernel runs on CPU only, not on {info.device}; use weight_only there"
@@ -84,7 +84,7 @@ def check(info: ModelInfo, config: Config) -> str | None:
     return None
 
 
-def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
     """Replaces the linear layers in place."""
     found = linears(model, skip_head=config.skip_head)
     for name, linear in found.items():
@@ -96,7 +96,7 @@ def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     return Applied(model, {"granularity": config.granularity, "linears": names, **packed(tables)}, names + tables)
 
 
-def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
+def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     """Replaces the same layers of a skeleton by layers without values."""
     for name in resolved["linears"]:
         old: Any = model.get_submodule(name)
@@ -114,9 +114,9 @@ TECHNIQUE = Technique(
     version=1,
     Config=Config,
     stage="conversion",
-    apply=apply_,
-    rebuild=rebuild,
-    check=check,
+    apply=_apply,
+    rebuild=_rebuild,
+    check=_check,
     models=("timm", "vilt", "meter"),
     rules=(Rule(("precision",), "forbidden", "the dynamic int8 kernel takes float32 activations only"),),
     not_on={"cuda": "the dynamic int8 kernel runs on the CPU only"},

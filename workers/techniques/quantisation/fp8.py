@@ -180,7 +180,7 @@ class Float8Linear(KernelLinear):
 # --- the technique ----------------------------------------------------------------------------------------------------
 
 
-def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
     """Replaces the linear layers in place."""
     found = linears(model, skip_head=config.skip_head)
     for name, linear in found.items():
@@ -190,7 +190,7 @@ def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     return Applied(model, {"linears": names, **packed(tables)}, names + tables)
 
 
-def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
+def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     """Replaces the same layers of a skeleton by layers without values."""
     for name in resolved["linears"]:
         model.set_submodule(name, Float8Linear.like(model.get_submodule(name)))
@@ -204,8 +204,8 @@ TECHNIQUE = Technique(
     version=1,
     Config=Config,
     stage="conversion",
-    apply=apply_,
-    rebuild=rebuild,
+    apply=_apply,
+    rebuild=_rebuild,
     simulated=lambda config, device: device != "cuda" or not has_kernel(),
     models=("timm", "vilt", "meter"),
     source="Micikevicius et al. 2022, arXiv 2209.05433; Kuzmin et al. 2022, arXiv 2208.09225",

@@ -202,7 +202,7 @@ def _structure(model: nn.Module, norms: list[str], channels: int, config: Mappin
     return replace_attention(model, lambda: LogIntSoftmax(bits, integers), 8)
 
 
-def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
     """Puts in the quantisers, calibrates them all in one pass over the images, and replaces the linear layers."""
     vit: Any = model
     found = linears(model, skip_head=config.skip_head)
@@ -229,7 +229,7 @@ def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     return Applied(model, resolved, [*attentions, *norms, *names])
 
 
-def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
+def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     """Replaces the same parts of a skeleton by parts without values."""
     _structure(model, resolved["norms"], resolved["channels"], resolved)
     for name in resolved["linears"]:
@@ -247,8 +247,8 @@ TECHNIQUE = Technique(
     version=1,
     Config=Config,
     stage="conversion",
-    apply=apply_,
-    rebuild=rebuild,
+    apply=_apply,
+    rebuild=_rebuild,
     simulated=_simulated,
     rules=(
         Rule(

@@ -238,7 +238,7 @@ def _stages(names: list[str]) -> list[list[str]]:
 
 
 @torch.no_grad()
-def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
     """Rounds block after block, then replaces the linear layers in place. Layers that never run are rounded to nearest."""
     found = linears(model, skip_head=config.skip_head)
     storage, layers = config.storage(), dict[str, Int8Linear]()
@@ -270,19 +270,19 @@ def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     return Applied(model, kept, names + tables)
 
 
-def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
+def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     """Replaces the same layers of a skeleton by layers without values."""
-    return weight_only.rebuild(model, resolved)
+    return weight_only.TECHNIQUE.rebuild(model, resolved)
 
 
-def check(info: ModelInfo, config: Config) -> str | None:
+def _check(info: ModelInfo, config: Config) -> str | None:
     """Returns why the packed kernel cannot take the format, or None."""
-    return weight_only.check(info, config.storage())
+    return weight_only.TECHNIQUE.check(info, config.storage())
 
 
-def simulated(config: Config, device: str) -> bool:
+def _simulated(config: Config, device: str) -> bool:
     """Whether no kernel takes the format; see :mod:`weight_only`."""
-    return weight_only.simulated(config.storage(), device)
+    return weight_only.TECHNIQUE.simulated(config.storage(), device)
 
 
 TECHNIQUE = Technique(
@@ -291,10 +291,10 @@ TECHNIQUE = Technique(
     version=1,
     Config=Config,
     stage="conversion",
-    apply=apply_,
-    rebuild=rebuild,
-    check=check,
-    simulated=simulated,
+    apply=_apply,
+    rebuild=_rebuild,
+    check=_check,
+    simulated=_simulated,
     models=("timm", "vilt", "meter"),
     source="GPTQ, arXiv 2210.17323, section 3",
 )

@@ -34,7 +34,7 @@ class Config:
     dtype: str = choice("bf16", tuple(DTYPES), doc="number format of weights and activations")
 
 
-def check(info: ModelInfo, config: Config) -> str | None:
+def _check(info: ModelInfo, config: Config) -> str | None:
     """Returns why the device cannot calculate in this type, or None."""
     if info.device == "cpu":
         return _cpu_lacks(config.dtype)
@@ -57,13 +57,13 @@ def _cpu_lacks(dtype: str) -> str | None:
     return None if finite else f"this PyTorch's {dtype} CPU kernels give values that are not finite"
 
 
-def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
     """Converts the parameters in place; inputs and logits stay float32 outside the model."""
     changed = [name for name, p in model.named_parameters() if p.is_floating_point()]
     return Applied(_convert(model, config.dtype), {"dtype": config.dtype}, changed)
 
 
-def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
+def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     """Converts a skeleton the same way."""
     return _convert(model, resolved["dtype"])
 
@@ -103,9 +103,9 @@ TECHNIQUE = Technique(
     version=1,
     Config=Config,
     stage="conversion",
-    apply=apply_,
-    rebuild=rebuild,
-    check=check,
+    apply=_apply,
+    rebuild=_rebuild,
+    check=_check,
     models=("timm", "vilt", "meter"),
     source="Micikevicius et al. 2018, arXiv 1710.03740, section 3",
 )

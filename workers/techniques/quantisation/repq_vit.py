@@ -176,7 +176,7 @@ def reparameterise_(
     return fixed, norms, biased
 
 
-def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
     """Reparameterises the norms, calibrates everything else, and replaces the linear layers."""
     found = linears(model, skip_head=config.skip_head)
     bits = config.activation_bits
@@ -211,7 +211,7 @@ def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     return Applied(model, resolved, [*norms, *attentions, *names])
 
 
-def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
+def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     """Replaces the same parts of a skeleton by parts without values."""
     bits = resolved["activation_bits"]
     add_biases(model, resolved["biased"])
@@ -231,8 +231,8 @@ TECHNIQUE = Technique(
     version=1,
     Config=Config,
     stage="conversion",
-    apply=apply_,
-    rebuild=rebuild,
+    apply=_apply,
+    rebuild=_rebuild,
     simulated=_simulated,
     source="RepQ-ViT, arXiv 2212.08254, section 3",
 )

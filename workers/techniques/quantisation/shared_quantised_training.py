@@ -189,7 +189,7 @@ def technique(
         scale_ndim: of the stored weights' scale: 0 for one a layer, 2 for one a row.
     """
 
-    def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+    def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
         layers = chosen_layers(model, config.weight_bits, config.activation_bits, config.last_layer)
         resolved = convert(model, layers, kind, surroundings)
         tables = train_embeddings(model) if config.embeddings else []
@@ -201,7 +201,7 @@ def technique(
         version=1,
         Config=config,
         stage="surgery",
-        apply=apply_,
+        apply=_apply,
         rebuild=lambda model, resolved: rebuild(model, resolved, kind, scale_ndim=scale_ndim),
         trains=lambda config: True,
         parameter_groups=parameter_groups,

@@ -72,7 +72,7 @@ def smooth_(model: nn.Module, alpha: float, surroundings: Surroundings, images: 
     return changed
 
 
-def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
     """Smooths, then replaces the linear layers in place."""
     found = linears(model, skip_head=config.skip_head)
     norms = smooth_(model, config.alpha, surroundings, config.images)
@@ -89,7 +89,7 @@ def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     return Applied(model, resolved, [*norms, *names, *tables])
 
 
-def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
+def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     """Replaces the same layers of a skeleton by layers without values."""
     for name in resolved["linears"]:
         model.set_submodule(name, IntegerLinear.like(model.get_submodule(name), resolved["activations"]))
@@ -103,8 +103,8 @@ TECHNIQUE = Technique(
     version=1,
     Config=Config,
     stage="conversion",
-    apply=apply_,
-    rebuild=rebuild,
+    apply=_apply,
+    rebuild=_rebuild,
     simulated=no_kernel,
     models=("timm", "vilt", "meter"),
     source="SmoothQuant, arXiv 2211.10438, section 4",

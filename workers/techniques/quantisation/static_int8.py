@@ -63,7 +63,7 @@ def quantise_linears(
     return names
 
 
-def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
     """Calibrates on the model as it is, then replaces the linear layers in place."""
     percentile = config.percentile if config.observer == "percentile" else 100.0
     names = quantise_linears(
@@ -73,7 +73,7 @@ def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     return Applied(model, {"linears": names, **packed(tables)}, names + tables)
 
 
-def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
+def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     """Replaces the same layers of a skeleton by layers without values."""
     for name in resolved["linears"]:
         model.set_submodule(name, IntegerLinear.like(model.get_submodule(name), "static"))
@@ -87,8 +87,8 @@ TECHNIQUE = Technique(
     version=1,
     Config=Config,
     stage="conversion",
-    apply=apply_,
-    rebuild=rebuild,
+    apply=_apply,
+    rebuild=_rebuild,
     simulated=no_kernel,
     models=("timm", "vilt", "meter"),
     source="Jacob et al. 2018, arXiv 1712.05877, section 2; Wu et al. 2020, arXiv 2004.09602",

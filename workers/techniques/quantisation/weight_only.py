@@ -172,7 +172,7 @@ class GroupedLinear(Int8Linear):
         return shared_int4_kernels.product(rows, self.packing)
 
 
-def check(info: ModelInfo, config: Config) -> str | None:
+def _check(info: ModelInfo, config: Config) -> str | None:
     """Returns why the packed kernel cannot run on this device, or None."""
     if config.kernel == "packed" and info.device != "cpu" and config.bits != 4:
         return f"kernel packed of {config.bits} bits runs on CPU only, not on {info.device}; use 4 bits or kernel dequantise"
@@ -186,7 +186,7 @@ def check(info: ModelInfo, config: Config) -> str | None:
     return None
 
 
-def simulated(config: Config, device: str) -> bool:
+def _simulated(config: Config, device: str) -> bool:
     """Whether some layer may have a format that no kernel takes, whatever the device."""
     return not isinstance(config.bits, int) or not config.has_kernel(config.bits)
 
@@ -236,7 +236,7 @@ def _widths(found: Mapping[str, nn.Linear], model: nn.Module, config: Config, su
     return shared_sensitivity.allocate(sizes, [table[name] for name in found], config.mean_bits)
 
 
-def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
     """Replaces the linear layers in place."""
     found = linears(model, skip_head=config.skip_head)
     widths = _widths(found, model, config, surroundings)
@@ -272,7 +272,7 @@ def packed(tables: list[str]) -> dict[str, Any]:
     return {"embeddings": tables} if tables else {}
 
 
-def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
+def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     """Replaces the same layers of a skeleton by layers without values."""
     config = Config(
         **{key: resolved[key] for key in ("bits", "group_size", "kernel", "granularity") if key in resolved}
@@ -291,10 +291,10 @@ TECHNIQUE = Technique(
     version=1,
     Config=Config,
     stage="conversion",
-    apply=apply_,
-    rebuild=rebuild,
-    check=check,
-    simulated=simulated,
+    apply=_apply,
+    rebuild=_rebuild,
+    check=_check,
+    simulated=_simulated,
     models=("timm", "vilt", "meter"),
     either_order={"precision": "scales from rounded or from unrounded weights"},
     source="round-to-nearest baseline of Frantar et al. 2023, arXiv 2210.17323, section 4; mixed: ZeroQ, arXiv 2001.00281",

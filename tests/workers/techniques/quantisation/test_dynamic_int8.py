@@ -140,7 +140,7 @@ def test_size_of_a_deit_small() -> None:
 
 def test_check_refuses_cuda() -> None:
     info = models.model_info(build(), "cpu")
-    assert dynamic_int8.check(info, Config()) is None
-    reason = dynamic_int8.check(dataclasses.replace(info, device="cuda"), Config())
+    assert dynamic_int8.TECHNIQUE.check(info, Config()) is None
+    reason = dynamic_int8.TECHNIQUE.check(dataclasses.replace(info, device="cuda"), Config())
     assert reason is not None
     assert "CPU only" in reason

@@ -219,8 +219,8 @@ def test_not_a_number_and_a_second_quantisation_are_refused() -> None:
 
 
 def test_check_and_simulated_are_those_of_the_format() -> None:
-    assert gptq.check(info(), Config(bits=4, kernel="packed")) is None
-    assert "kernel packed" in str(gptq.check(info(), Config(bits=3, kernel="packed")))
+    assert gptq.TECHNIQUE.check(info(), Config(bits=4, kernel="packed")) is None
+    assert "kernel packed" in str(gptq.TECHNIQUE.check(info(), Config(bits=3, kernel="packed")))
     assert not gptq.TECHNIQUE.simulated(Config(bits=4), "cpu")
     assert gptq.TECHNIQUE.simulated(Config(bits=3), "cpu")
 

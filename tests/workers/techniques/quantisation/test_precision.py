@@ -83,17 +83,19 @@ def test_distilled_training_output_is_float32_too() -> None:
 
 def test_check_allows_what_runs_and_gives_the_reason_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     info = models.model_info(build(), "cpu")
-    assert precision.check(info, precision.Config("bf16")) is None
-    assert precision.check(info, precision.Config("fp16")) is None
+    assert precision.TECHNIQUE.check(info, precision.Config("bf16")) is None
+    assert precision.TECHNIQUE.check(info, precision.Config("fp16")) is None
     precision._cpu_lacks.cache_clear()
 
     def absent(*args: Any) -> Any:
         raise RuntimeError('"conv2d" not implemented for "Half"\nmore')
 
     monkeypatch.setattr(precision.F, "conv2d", absent)
-    reason = precision.check(info, precision.Config("fp16"))
+    reason = precision.TECHNIQUE.check(info, precision.Config("fp16"))
     precision._cpu_lacks.cache_clear()
     assert reason == 'this PyTorch has no fp16 CPU kernel: "conv2d" not implemented for "Half"'
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    assert "no bfloat16" in str(precision.check(dataclasses.replace(info, device="cuda"), precision.Config("bf16")))
+    assert "no bfloat16" in str(
+        precision.TECHNIQUE.check(dataclasses.replace(info, device="cuda"), precision.Config("bf16"))
+    )

@@ -132,14 +132,14 @@ def test_an_output_that_is_not_finite_is_an_error_with_the_layer_s_name() -> Non
 def test_mixed_widths_keep_their_budget_and_are_rebuilt(mean_bits: float, skip_head: bool) -> None:
     model, config = vit(), Config(bits="mixed", mean_bits=mean_bits, skip_head=skip_head)
     shapes = {n: m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    applied = weight_only.apply_(model, config, surroundings(model))
+    applied = weight_only.TECHNIQUE.apply(model, config, surroundings(model))
     widths, names = applied.resolved["widths"], applied.resolved["linears"]
     assert ("head" in names) != skip_head
     assert mean_width([shapes[n] for n in names], widths) <= mean_bits
     assert (len(set(widths)) > 1) == (mean_bits < 8)
     bits = {name: getattr(model.get_submodule(name), "bits", 8) for name in names}
     assert list(bits.values()) == widths
-    skeleton = weight_only.rebuild(vit(device="meta"), applied.resolved)
+    skeleton = weight_only.TECHNIQUE.rebuild(vit(device="meta"), applied.resolved)
     skeleton.load_state_dict(model.state_dict(), strict=True, assign=True)
     with torch.inference_mode():
         assert torch.equal(skeleton.eval()(images()), model(images()))
@@ -149,7 +149,7 @@ def test_mixed_widths_cost_less_than_one_width() -> None:
     model = vit()
     around = surroundings(model)
     table = measure(model, around.batches, rounding)
-    applied = weight_only.apply_(model, MIXED, around)
+    applied = weight_only.TECHNIQUE.apply(model, MIXED, around)
     mixed = sum(table[n][WIDTHS.index(w)] for n, w in zip(applied.changed, applied.resolved["widths"], strict=True))
     assert mixed < sum(row[WIDTHS.index(3)] for row in table.values())
 
@@ -178,19 +178,19 @@ def test_a_study_measures_its_table_once(tmp_path: Path, monkeypatch: pytest.Mon
     for seed in (0, 1):
         model = small()
         around = replace(surroundings(model, seed), once_a_study=once(tmp_path))
-        found.append(weight_only.apply_(model, MIXED, around).resolved["widths"])
+        found.append(weight_only.TECHNIQUE.apply(model, MIXED, around).resolved["widths"])
     assert calls == 1
     assert found[0] == found[1]
     assert (tmp_path / "stages/b" / TABLE).exists()
     model = small()
     around = replace(surroundings(model), once_a_study=once(tmp_path))
-    weight_only.apply_(model, replace(MIXED, group_size=64), around)  # another rounding is another table
+    weight_only.TECHNIQUE.apply(model, replace(MIXED, group_size=64), around)  # another rounding is another table
     assert calls == 2
     model = small()
     around = replace(surroundings(model), once_a_study=once(tmp_path))
     model.blocks[0].mlp.fc1, model.blocks[0].mlp.fc2 = nn.Linear(32, 40), nn.Linear(40, 32)
     around.batches = once(tmp_path)._batches
-    weight_only.apply_(model, MIXED, around)  # pruned: a table of its own
+    weight_only.TECHNIQUE.apply(model, MIXED, around)  # pruned: a table of its own
     assert calls == 3
     assert len(list((tmp_path / "stages/b").glob("*.json"))) == 2
 
@@ -267,7 +267,7 @@ def test_mixed_widths_survive_the_artefact(tmp_path: Path) -> None:
     model = build()
     around = surroundings(model)
     around.batches = once(tmp_path)._batches
-    applied = weight_only.apply_(model, replace(MIXED, mean_bits=4.5), around)
+    applied = weight_only.TECHNIQUE.apply(model, replace(MIXED, mean_bits=4.5), around)
     steps = [{"technique": "weight_only", "version": 1, "resolved": applied.resolved}]
     artefact.save(model, tmp_path / "a", model_description=models.describe(MODEL, DATA), steps=steps)
     shown = torch.randn(3, 1, 8, 8)

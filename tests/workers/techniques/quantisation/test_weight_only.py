@@ -313,11 +313,11 @@ def test_scales_keep_their_type_when_the_model_is_moved() -> None:
 def test_check_refuses_the_packed_kernel_of_8_bits_on_cuda_only() -> None:
     info = models.model_info(build(), "cpu")
     cuda = dataclasses.replace(info, device="cuda")
-    assert weight_only.check(info, Config(bits=4, kernel="packed")) is None
-    assert weight_only.check(cuda, Config(bits=4)) is None
-    assert weight_only.check(cuda, Config(bits=4, kernel="packed")) == shared_int4_kernels.lacking("cuda")
-    assert "CPU only, not on cuda" in str(weight_only.check(cuda, Config(bits="mixed", kernel="packed")))
-    assert "CPU only, not on cuda" in str(weight_only.check(cuda, Config(kernel="packed")))
+    assert weight_only.TECHNIQUE.check(info, Config(bits=4, kernel="packed")) is None
+    assert weight_only.TECHNIQUE.check(cuda, Config(bits=4)) is None
+    assert weight_only.TECHNIQUE.check(cuda, Config(bits=4, kernel="packed")) == shared_int4_kernels.lacking("cuda")
+    assert "CPU only, not on cuda" in str(weight_only.TECHNIQUE.check(cuda, Config(bits="mixed", kernel="packed")))
+    assert "CPU only, not on cuda" in str(weight_only.TECHNIQUE.check(cuda, Config(kernel="packed")))
 
 
 @pytest.mark.parametrize(
@@ -329,8 +329,8 @@ def test_check_refuses_the_packed_kernel_of_8_bits_on_cuda_only() -> None:
 )  # fmt: skip
 def test_a_format_has_a_kernel_or_is_simulated(bits: int, granularity: str, kernel: bool) -> None:
     config = Config(bits=bits, granularity=granularity, kernel="packed")
-    assert weight_only.simulated(config, "cpu") is not kernel
-    reason = weight_only.check(models.model_info(build(), "cpu"), config)
+    assert weight_only.TECHNIQUE.simulated(config, "cpu") is not kernel
+    reason = weight_only.TECHNIQUE.check(models.model_info(build(), "cpu"), config)
     assert (reason is None) is kernel
     if reason is not None:
         assert f"not {bits} bits with granularity {granularity}" in reason
