@@ -148,7 +148,7 @@ def _check(info: ModelInfo, config: Config) -> str | None:
 
 
 @torch.no_grad()
-def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
     """Replaces the linear layers in place, where that saves weights."""
     ranks: dict[str, int] = {}
     for name, linear in block_linears(model, config.layers).items():
@@ -165,7 +165,7 @@ def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     return Applied(model, {"ranks": ranks}, list(ranks))
 
 
-def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
+def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     """Replaces the same layers of a skeleton by factors without values."""
     for name, rank in resolved["ranks"].items():
         model.set_submodule(name, Factored.like(model.get_submodule(name), rank))
@@ -178,8 +178,8 @@ TECHNIQUE = Technique(
     version=1,
     Config=Config,
     stage="surgery",
-    apply=apply_,
-    rebuild=rebuild,
+    apply=_apply,
+    rebuild=_rebuild,
     check=_check,
     identity={"keep": 1.0},
     trains=lambda config: config.recover,

@@ -180,7 +180,7 @@ class SparseLinear(KernelLinear):
 
 
 @torch.no_grad()
-def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
     """Replaces the linear layers in place."""
     found = block_linears(model, config.layers)
     for name, linear in found.items():
@@ -188,7 +188,7 @@ def apply_(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     return Applied(model, {"linears": list(found)}, list(found))
 
 
-def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
+def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     """Replaces the same layers of a skeleton by layers without values."""
     for name in resolved["linears"]:
         model.set_submodule(name, SparseLinear.like(model.get_submodule(name)))
@@ -201,8 +201,8 @@ TECHNIQUE = Technique(
     version=1,
     Config=Config,
     stage="surgery",
-    apply=apply_,
-    rebuild=rebuild,
+    apply=_apply,
+    rebuild=_rebuild,
     trains=lambda config: config.recover,
     rules=(
         Rule(
