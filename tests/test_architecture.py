@@ -43,6 +43,10 @@ def test_no_files_import_each_other() -> None:
     assert not found, " -> ".join(found)
 
 
+CONTRACT = "workers/techniques/contract"
+"""Drawn by itself: it asks of techniques what only an artefact shows, so it stands above both."""
+
+
 def picture() -> dict[str, int]:
     """Returns the line, counted from the bottom, on which docs/architecture.md draws each folder or file of a package."""
     text = (ROOT / "docs/architecture.md").read_text()
@@ -57,7 +61,7 @@ def picture() -> dict[str, int]:
 
 def test_the_picture_of_the_house_is_that_of_the_source() -> None:
     def place(where: str) -> str:
-        return "/".join(where.removesuffix(".py").split("/")[:2])
+        return where if where == CONTRACT else "/".join(where.removesuffix(".py").split("/")[:2])
 
     lines = picture()
     outside = {"orchestrator/__init__", "workers/__init__"}
@@ -255,7 +259,8 @@ def test_tests_mirror_the_folders() -> None:
             p.relative_to(ROOT / "tests") for p in (ROOT / "tests" / package).rglob("*") if any(p.glob("test_*.py"))
         }
         assert tests - source == set()
-        assert source - tests == set()
+        without = {f for f in source - tests if not (ROOT / "tests" / f.parent / f"test_{f.name}.py").is_file()}
+        assert without == set()
 
 
 READING = ["orchestrator.cli", "orchestrator.ledger", "orchestrator.frontier.query", "orchestrator.study.load"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from workers.techniques.contract_models import VARIANTS, images, surroundings
-from workers.techniques.contract_models import build as vit
+from workers.techniques.contract.models import VARIANTS, images, surroundings
+from workers.techniques.contract.models import build as vit
 from workers.techniques.record import ModelInfo
 
 __all__ = ["VARIANTS", "images", "info", "surroundings", "vit"]

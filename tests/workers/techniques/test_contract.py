@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from tests.places import ROOT
 from workers.techniques import NAMES, contract, registry
 from workers.techniques.contract import Case
-from workers.techniques.contract_models import VARIANTS
-from workers.techniques.contract_subject import require_same_tensors
+from workers.techniques.contract.models import VARIANTS
+from workers.techniques.contract.subject import require_same_tensors
 from workers.techniques.record import Applied, LossInputs, LossTerm, Rule, Surroundings, Technique, number
 
 SAMPLES: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""The contract's checks of what a technique does to a model; each is asked on every variant of :mod:`contract_models`."""
+"""The contract's checks of what a technique does to a model; each is asked on every variant of :mod:`workers.techniques.contract.models`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import tempfile
 import torch
 
 from workers import artefact, models
-from workers.techniques.contract_models import build, describe
-from workers.techniques.contract_subject import Check, Subject, layout, require, require_same, require_same_tensors
+from workers.techniques.contract.models import build, describe
+from workers.techniques.contract.subject import Check, Subject, layout, require, require_same, require_same_tensors
 from workers.techniques.record import Applied, make_config
 
 

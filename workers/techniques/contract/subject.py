@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.techniques.contract_models import build, inputs, surroundings
+from workers.techniques.contract.models import build, inputs, surroundings
 from workers.techniques.record import Applied, Technique, make_config
 
 

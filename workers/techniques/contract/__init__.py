@@ -17,10 +17,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from workers.techniques.contract_models import JOINT, VARIANTS, family_of
-from workers.techniques.contract_on_models import ON_EVERY_VARIANT
-from workers.techniques.contract_on_records import ON_ONE_VARIANT
-from workers.techniques.contract_subject import Check, Subject, require
+from workers.techniques.contract.models import JOINT, VARIANTS, family_of
+from workers.techniques.contract.on_models import ON_EVERY_VARIANT
+from workers.techniques.contract.on_records import ON_ONE_VARIANT
+from workers.techniques.contract.subject import Check, Subject, require
 from workers.techniques.record import Technique
 
 
@@ -49,8 +49,8 @@ def cases(
 
     Args:
         sample: a config that changes what every variant computes.
-        variants: names of :data:`~workers.techniques.contract_models.VARIANTS` and
-            :data:`~workers.techniques.contract_models.JOINT`; None for all whose family the technique works on.
+        variants: names of :data:`~workers.techniques.contract.models.VARIANTS` and
+            :data:`~workers.techniques.contract.models.JOINT`; None for all whose family the technique works on.
         sizes_from_data: see :class:`Subject`.
     """
     chosen = (

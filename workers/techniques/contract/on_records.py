@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from workers.techniques import registry
-from workers.techniques.contract_models import build, classes, inputs, surroundings
-from workers.techniques.contract_subject import Check, Subject, require, require_same
+from workers.techniques.contract.models import build, classes, inputs, surroundings
+from workers.techniques.contract.subject import Check, Subject, require, require_same
 from workers.techniques.record import LossInputs, Options, Range, config_faults, defaults, domains, make_config
 from workers.techniques.rules import Table
 
