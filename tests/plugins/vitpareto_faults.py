@@ -55,17 +55,17 @@ def fail(kind: str) -> None:
             time.sleep(0.05)
 
 
-def apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
+def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
     """Scales the last bias a little, so that something changes, or fails."""
     fail(config.kind)
     with torch.no_grad():
         head = model.get_submodule("head")
         head.bias.add_(float("nan") if config.kind == "nan" else config.level * 1e-3)
     resolved = {"uneven": config.kind == "uneven"}
-    return Applied(rebuild(model, resolved), resolved, ["head.bias"])
+    return Applied(_rebuild(model, resolved), resolved, ["head.bias"])
 
 
-def rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
+def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     if resolved["uneven"]:
         model.forward = MethodType(uneven, model)
     return model
@@ -88,8 +88,8 @@ TECHNIQUE = Technique(
     version=1,
     Config=Config,
     stage="surgery",
-    apply=apply,
-    rebuild=rebuild,
+    apply=_apply,
+    rebuild=_rebuild,
     source="none; for tests",
 )
 

@@ -1,4 +1,4 @@
-"""Measures an artefact against the strong baseline: latency, throughput, peak memory (METHODS section 7).
+"""Measures an artefact against the strong baseline: latency, throughput, peak memory (docs/measurement.md).
 
 Source: the protocol is PuMer's (arXiv 2305.17530, section 5) and ToMe's (arXiv 2210.09461, section 4): throughput at the best
 batch size, found by growing it; latency at batch 1; peak memory at a batch that both models take.

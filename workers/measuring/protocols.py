@@ -1,7 +1,7 @@
 """Named measurement protocols: how long is measured, how often, and what it may cost. Standard library only.
 
 Source: PuMer (arXiv 2305.17530) and ToMe (arXiv 2210.09461) measure throughput at the best batch size, peak memory at a
-batch that both models take, latency at batch 1; METHODS section 7 adds interleaving and the A/A run.
+batch that both models take, latency at batch 1; interleaving and the A/A run are ours (docs/measurement.md).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Times several models in turn on one device: interleaved calls, paired ratios, the best batch size.
 
 An absolute time drifts by half within a process; the ratio of two models that take turns stays within a few per cent
-(METHODS section 7). The caller holds the lane.
+(docs/measurement.md). The caller holds the lane.
 """
 
 from __future__ import annotations

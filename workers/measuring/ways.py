@@ -1,6 +1,6 @@
 """The ways to run an uncompressed model: what a user could do before compressing anything.
 
-A speed-up is worth its name only against the best of them (METHODS section 0.3): half precision, fused attention, and
+A speed-up is worth its name only against the best of them (docs/decisions/0014-strong-baseline.md): half precision, fused attention, and
 ``torch.compile`` where the study allows it.
 """
 

@@ -93,7 +93,7 @@ def test_published_models(name: str, giga_macs: float, params: int) -> None:
 
 
 def test_tokens_that_tome_leaves_of_vit_b() -> None:
-    """METHODS section 1: (16, -1) merges [32, 29, ... 2, 0]; each block's MLP and the next attention see what is left."""
+    """ToMe's decreasing schedule (arXiv 2210.09461) of r=16 merges [32, 29, ... 2, 0]; each block's MLP and the next attention see what is left."""
     tome = registry()["tome"]
     with torch.device("meta"):
         model: Any = timm.create_model("vit_base_patch16_224", pretrained=False)

@@ -1,4 +1,4 @@
-"""PuMer's mathematics: METHODS' traces and counts, layers by name, and layers of each backbone against slow ones."""
+"""PuMer's mathematics (arXiv 2305.17530, section 3): traces and counts worked out by hand, layers by name, and layers of each backbone against slow ones."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_shares_round_a_half_to_the_even_number() -> None:
     ],
 )
 def test_work_of_a_full_size_vilt(task: str, layers: str | None, expected: str) -> None:
-    """In G for an example of 32 text tokens, which for NLVR2 is a pair of images, to as many digits as METHODS gives."""
+    """In G for an example of 32 text tokens, which for NLVR2 is a pair of images, to as many digits as are given here."""
     model = vilt.create({"name": "vilt_b32", "create": {"task": task}}, device="meta").eval()
     if layers is not None:
         TECHNIQUE.apply(model, Config(layers=layers), surroundings_of_meta())

@@ -1,4 +1,4 @@
-"""Token merging against a slow reference written from METHODS section 1, and its invariants."""
+"""Token merging against a slow reference written from the paper (arXiv 2210.09461, section 3), and its invariants."""
 
 from __future__ import annotations
 
