@@ -93,7 +93,7 @@ def test_what_is_sound_joins_and_of_the_others_there_is_a_line_each(installed: N
 
 
 def test_a_family_and_rules_from_outside_are_composed_like_our_own(installed: None) -> None:
-    assert composition.families()[3:5] == ("low_rank_attention", "adapters")
+    assert composition.families()[4:6] == ("low_rank_weights", "adapters")
     assert composition.legal_orders(["precision", "lora", "tome"]) == [("tome", "lora", "precision")]
     assert composition.fault(["precision", "early"]) == "early must come before precision: they are converted too"
     assert composition.fault(["lora", "fp8"]) == "lora + fp8: not yet (experimental)"
