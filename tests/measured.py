@@ -61,7 +61,7 @@ def measured_row(
 def record(
     kind: str, value: float, unit: str, conditions: dict[str, Any], ratio: float | None = None
 ) -> dict[str, Any]:
-    """Fields of ``protocol.Measurement``."""
+    """Fields of ``trial.Measurement``."""
     return {
         "kind": kind,
         "artefact": "k",

@@ -230,18 +230,26 @@ def test_technique_folders_hold_techniques_what_belongs_to_one_and_what_several_
         assert exported or of_one or path.stem.startswith("shared_") or path.stem == "__init__", name(path)
 
 
+def owner(path: Path) -> str:
+    """Returns the technique that a file belongs to, or the file where it belongs to none alone."""
+    names = [name for names in FOLDERS.values() for name in names]
+    return next((n for n in names if path.stem == n or path.stem.startswith(f"{n}_")), name(path))
+
+
 def test_what_is_called_shared_is() -> None:
     """Of what is found by name on demand (workers/techniques/backbones.py), the name stands as a text."""
-    shared = {path for path in technique_files() if path.stem.startswith("shared_")}
-    used = {target for user in files() for target, _ in own_imports(user)}
+    users: dict[Path, set[str]] = {path: set() for path in technique_files() if path.stem.startswith("shared_")}
+    for user in files():
+        for target in {target for target, _ in own_imports(user)} & set(users):
+            users[target].add(owner(user))
     texts = [
         re.sub(r"\{.*?\}", "[a-z]+", ast.unparse(node)[2:-1])
         for path in technique_files()
         for node in ast.walk(tree(path))
         if isinstance(node, ast.JoinedStr) and "shared_" in ast.unparse(node)
     ]
-    lonely = [module(path) for path in shared - used if not any(re.fullmatch(text, module(path)) for text in texts)]
-    assert lonely == []
+    lonely = {module(path): sorted(found) for path, found in users.items() if len(found) < 2}
+    assert [path for path in lonely if not any(re.fullmatch(text, path) for text in texts)] == [], lonely
 
 
 def test_a_backbone_s_half_is_found_in_one_way() -> None:

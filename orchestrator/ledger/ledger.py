@@ -108,7 +108,7 @@ class Ledger:
         """Adds the accuracies on the report split to a trial that has ended; False if they were there already, and stay.
 
         Args:
-            measurements: the fields of ``protocol.Measurement``, one an accuracy.
+            measurements: the fields of ``trial.Measurement``, one an accuracy.
         """
         record = report_record(trial_id, recipe_hash, *measurements)
         name = self._files.name("reports", f"{trial_id}.json")
@@ -123,7 +123,7 @@ class Ledger:
         """Adds later measurements of a trial's artefact; they stand beside the trial's own.
 
         Args:
-            measurements: the fields of ``protocol.Measurement``, what one further measurement found.
+            measurements: the fields of ``trial.Measurement``, what one further measurement found.
         """
         record = report_record(trial_id, recipe_hash, *measurements)
         name = self._files.name("reports", f"{trial_id}.{uuid.uuid4().hex[:8]}.json")

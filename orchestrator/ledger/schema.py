@@ -166,7 +166,7 @@ def attempt_row(spec: TrialSpec, result: TrialResult, optuna: Mapping[str, Any] 
 
 def report_record(trial_id: str, recipe_hash: str, *measurements: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the record of measurements that were added to a trial that has ended (fields of
-    ``protocol.Measurement``)."""
+    ``trial.Measurement``)."""
     return {
         "schema_version": SCHEMA_VERSION,
         "trial_id": trial_id,

@@ -22,7 +22,7 @@ from workers import artefact, models
 from workers.inputs import Inputs
 from workers.measuring.counting import count_params
 from workers.techniques import registry
-from workers.techniques.quantisation import gptq, shared_sensitivity, weight_only
+from workers.techniques.quantisation import gptq, weight_only, weight_only_sensitivity
 from workers.techniques.quantisation.shared_affine import linears, unquantised
 from workers.techniques.quantisation.shared_norm_folding import pairs
 from workers.techniques.quantisation.shared_packed_embeddings import PackedEmbedding, TrainedEmbedding
@@ -327,7 +327,7 @@ def test_a_pairs_score_alone_has_a_sensitivity() -> None:
     one = Inputs(batch("retrieval", 4))
     around = surroundings(model, "retrieval")
     around.batches = lambda: iter([(one, torch.zeros(4))])
-    table = shared_sensitivity.measure(
+    table = weight_only_sensitivity.measure(
         model, around.batches, lambda w, bits: weight_only.rounded(w, weight_only.Config(), bits)
     )
     assert table["layers.0.intermediate.dense"][0] > 0

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.techniques.pruning.shared_mac_budget import Queue, Sizes, spend
 from workers.techniques.pruning.shared_slicing import (
     HEADS_NORMALISED,
     dimensions,
@@ -39,6 +38,7 @@ from workers.techniques.pruning.shared_slicing import (
     require_plain_stream,
     shrink_to,
 )
+from workers.techniques.pruning.taylor_prune_mac_budget import Queue, Sizes, spend
 from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, choice, number
 
 KINDS = {

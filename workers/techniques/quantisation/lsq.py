@@ -4,7 +4,7 @@ Source: Esser et al., Learned Step Size Quantization, arXiv 1902.08153, sections
 Differs from the paper: activations of a ViT are signed, so their levels are, too. Weights are trained from the trained model, in the
 recipe's recovery training; the classifier heads have 8 bits, as in the paper, or are left alone. A step learns at a rate in
 proportion to its first value, since Adam, unlike SGD, does not heed the gradient's scale. What it costs and saves, and which layers
-it takes: :mod:`quantised_training`.
+it takes: :mod:`shared_quantised_training`.
 """
 
 from __future__ import annotations

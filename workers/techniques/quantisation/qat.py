@@ -4,7 +4,7 @@ Source: Jacob et al., arXiv 1712.05877, section 3 (simulated quantisation; movin
 straight-through gradients: Bengio et al., arXiv 1308.3432.
 Differs from the paper: weights are symmetric around zero with one scale a row; activation ranges start from a batch of training
 images instead of being off at first; nothing is folded, as ViTs have no batch normalisation; biases stay in floating point.
-What it costs and saves, and which layers it takes: :mod:`quantised_training`.
+What it costs and saves, and which layers it takes: :mod:`shared_quantised_training`.
 """
 
 from __future__ import annotations

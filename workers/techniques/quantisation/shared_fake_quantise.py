@@ -4,7 +4,7 @@ Source: Bengio et al., arXiv 1308.3432 (straight-through estimator); Jacob et al
 quantisation in training).
 In training and in evaluation a layer computes with rounded weights, and with rounded activations where it has bits for them;
 the rounding's gradient is 1. Once the training is over the rounded weights are packed, which changes no bit of what is computed;
-or, where all layers have 8 bits for both, they go to the integer kernel of :mod:`integer_linear`, which sums up integers.
+or, where all layers have 8 bits for both, they go to the integer kernel of :mod:`shared_integer_linear`, which sums up integers.
 Shapes: O out-features, I in-features.
 """
 

@@ -3,7 +3,7 @@ stay. A lookup unpacks the rows of the embeddings that it reads.
 
 Source: the round-to-nearest baseline of Frantar et al., GPTQ, arXiv 2210.17323, section 4 (group-wise: "Additional
 Tricks"); the 4-bit form in groups is torchao's tinygemm one. Widths that differ by layer are chosen as in Cai et al., ZeroQ,
-arXiv 2001.00281, section 3.2: see :mod:`sensitivity`.
+arXiv 2001.00281, section 3.2: see :mod:`weight_only_sensitivity`.
 Differs from the paper: rounding to nearest only, no second-order correction, no calibration.
 
 8 bits a row: int8 (O, I), scale (O,) float32, symmetric. All others: packed as :func:`workers.techniques.quantisation.shared_affine.pack_bits` does, from
@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.techniques.quantisation import shared_int4_kernels, shared_sensitivity
+from workers.techniques.quantisation import weight_only_int4_kernels, weight_only_sensitivity
 from workers.techniques.quantisation.shared_affine import (
     grouped_affine,
     linears,
@@ -166,17 +166,17 @@ class GroupedLinear(Int8Linear):
 
     def pack_for_kernel(self) -> Any:
         """Returns what the device's kernel takes."""
-        return shared_int4_kernels.pack(self.weight, self.scale, self.zero, self.in_features, self.group_size)
+        return weight_only_int4_kernels.pack(self.weight, self.scale, self.zero, self.in_features, self.group_size)
 
     def packed_product(self, rows: Tensor) -> Tensor:
-        return shared_int4_kernels.product(rows, self.packing)
+        return weight_only_int4_kernels.product(rows, self.packing)
 
 
 def _check(info: ModelInfo, config: Config) -> str | None:
     """Returns why the packed kernel cannot run on this device, or None."""
     if config.kernel == "packed" and info.device != "cpu" and config.bits != 4:
         return f"kernel packed of {config.bits} bits runs on CPU only, not on {info.device}; use 4 bits or kernel dequantise"
-    if config.kernel == "packed" and (lacks := shared_int4_kernels.lacking(info.device)):
+    if config.kernel == "packed" and (lacks := weight_only_int4_kernels.lacking(info.device)):
         return f"{lacks}; use kernel dequantise"
     if config.kernel == "packed" and isinstance(config.bits, int) and not config.has_kernel(config.bits):
         return (
@@ -225,7 +225,7 @@ def _widths(found: Mapping[str, nn.Linear], model: nn.Module, config: Config, su
     """Returns the bits of every layer in ``found``."""
     if isinstance(config.bits, int):
         return [config.bits] * len(found)
-    table = shared_sensitivity.table_for(
+    table = weight_only_sensitivity.table_for(
         model,
         surroundings,
         lambda weight, bits: rounded(weight, config, bits),
@@ -233,7 +233,7 @@ def _widths(found: Mapping[str, nn.Linear], model: nn.Module, config: Config, su
         version=TECHNIQUE.version,
     )
     sizes = [linear.weight.numel() for linear in found.values()]
-    return shared_sensitivity.allocate(sizes, [table[name] for name in found], config.mean_bits)
+    return weight_only_sensitivity.allocate(sizes, [table[name] for name in found], config.mean_bits)
 
 
 def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from workers.techniques.backbones import by_backbone
 from workers.techniques.distillation.distill import soft_loss
 from workers.techniques.record import Applied, LossInputs, LossTerm, ModelInfo, Surroundings, Technique, choice, number
+from workers.techniques.tokens.dynamicvit_predictors import Predictor, decide, kept_counts, ratio_loss, token_loss
 from workers.techniques.tokens.shared_blocks import (
     NEEDS_ATTENTION_MAP,
     TokenBlocks,
@@ -37,7 +38,6 @@ from workers.techniques.tokens.shared_blocks import (
     spread_layers,
 )
 from workers.techniques.tokens.shared_joint_tokens import LAYER_NAMES, chosen_layers, layers_fault, numbers_fault
-from workers.techniques.tokens.shared_predictors import Predictor, decide, kept_counts, ratio_loss, token_loss
 
 RATIO_WEIGHT = 2.0
 """Lambda of the loss that holds the shares kept: section 4.1 of the paper."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from workers.techniques.record import Applied, LossInputs, LossTerm, Surroundings
 from workers.techniques.tokens.dynamicvit import Config, predicted_layers, whole_loss
+from workers.techniques.tokens.dynamicvit_predictors import Predictor, decide, kept_counts, ratio_loss, token_loss
 from workers.techniques.tokens.shared_blocks import NEVER, best_first
 from workers.techniques.tokens.shared_joint_tokens import (
     HIDDEN,
@@ -28,7 +29,6 @@ from workers.techniques.tokens.shared_joint_tokens import (
     put_reducers,
 )
 from workers.techniques.tokens.shared_merging import Matching
-from workers.techniques.tokens.shared_predictors import Predictor, decide, kept_counts, ratio_loss, token_loss
 
 
 @dataclass(frozen=True)

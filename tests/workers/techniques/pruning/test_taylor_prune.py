@@ -22,9 +22,9 @@ from workers.node.deadline import Deadline
 from workers.node.lane import Lane
 from workers.node.storage import LocalStorage
 from workers.stages import Workbench
-from workers.techniques.pruning.shared_mac_budget import Queue, Sizes, spend
 from workers.techniques.pruning.shared_slicing import dimensions
 from workers.techniques.pruning.taylor_prune import TECHNIQUE, Config, importance
+from workers.techniques.pruning.taylor_prune_mac_budget import Queue, Sizes, spend
 
 
 def sizes(**changes: Any) -> Sizes:

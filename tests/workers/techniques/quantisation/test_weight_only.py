@@ -13,7 +13,7 @@ from torch import nn
 from workers import artefact, models
 from workers.tasks import TaskInfo
 from workers.techniques import registry
-from workers.techniques.quantisation import shared_int4_kernels, weight_only
+from workers.techniques.quantisation import weight_only, weight_only_int4_kernels
 from workers.techniques.quantisation.shared_affine import (
     NotQuantisable,
     grouped_affine,
@@ -315,7 +315,9 @@ def test_check_refuses_the_packed_kernel_of_8_bits_on_cuda_only() -> None:
     cuda = dataclasses.replace(info, device="cuda")
     assert weight_only.TECHNIQUE.check(info, Config(bits=4, kernel="packed")) is None
     assert weight_only.TECHNIQUE.check(cuda, Config(bits=4)) is None
-    assert weight_only.TECHNIQUE.check(cuda, Config(bits=4, kernel="packed")) == shared_int4_kernels.lacking("cuda")
+    assert weight_only.TECHNIQUE.check(cuda, Config(bits=4, kernel="packed")) == weight_only_int4_kernels.lacking(
+        "cuda"
+    )
     assert "CPU only, not on cuda" in str(weight_only.TECHNIQUE.check(cuda, Config(bits="mixed", kernel="packed")))
     assert "CPU only, not on cuda" in str(weight_only.TECHNIQUE.check(cuda, Config(kernel="packed")))
 

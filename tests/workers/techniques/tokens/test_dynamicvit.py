@@ -23,7 +23,7 @@ from workers.node.storage import LocalStorage
 from workers.run import run_trial
 from workers.techniques.record import LossInputs
 from workers.techniques.tokens.dynamicvit import TECHNIQUE, Config, ThinningBlocks
-from workers.techniques.tokens.shared_predictors import Predictor, decide, kept_counts, ratio_loss, token_loss
+from workers.techniques.tokens.dynamicvit_predictors import Predictor, decide, kept_counts, ratio_loss, token_loss
 from workers.training.loop import train
 from workers.trial import Recipe, TrialSpec
 

@@ -15,7 +15,7 @@ from workers.models import model_info
 from workers.techniques.record import LossInputs
 from workers.techniques.tokens.dynamicvit import TECHNIQUE, Config
 from workers.techniques.tokens.dynamicvit_joint import distance, take_traces
-from workers.techniques.tokens.shared_predictors import kept_counts
+from workers.techniques.tokens.dynamicvit_predictors import kept_counts
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 

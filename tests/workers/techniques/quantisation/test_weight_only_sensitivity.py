@@ -25,10 +25,10 @@ from workers.node.once import OnceAStudy
 from workers.node.storage import LocalStorage
 from workers.run import run_trial
 from workers.tasks import load
-from workers.techniques.quantisation import shared_sensitivity, weight_only
+from workers.techniques.quantisation import weight_only, weight_only_sensitivity
 from workers.techniques.quantisation.shared_affine import NotQuantisable
-from workers.techniques.quantisation.shared_sensitivity import WIDTHS, TooFewBits, allocate, mean_width, measure
 from workers.techniques.quantisation.weight_only import Config
+from workers.techniques.quantisation.weight_only_sensitivity import WIDTHS, TooFewBits, allocate, mean_width, measure
 from workers.trial import Recipe, Step, TrialResult, TrialSpec
 
 MIXED = Config(bits="mixed", mean_bits=3.0)
@@ -66,7 +66,7 @@ def test_an_allocation_is_the_best_of_all(seed: int) -> None:
 
 
 def test_sizes_without_a_common_divisor_keep_the_budget_and_come_close(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_sensitivity, "UNITS", 2000)
+    monkeypatch.setattr(weight_only_sensitivity, "UNITS", 2000)
     widths, sizes = (2, 4, 8), [10007, 20011, 5003, 997, 30011]
     costs = [[1.0 / (k + 1) ** 2 / (i + 1) for k in range(3)] for i in range(5)]
     found = allocate(sizes, costs, 4.0, widths)
@@ -110,12 +110,12 @@ def test_the_table_is_the_divergence_with_one_layer_quantised() -> None:
 
 
 def test_only_the_first_images_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_sensitivity, "IMAGES", 12)
+    monkeypatch.setattr(weight_only_sensitivity, "IMAGES", 12)
     model = vit()
     around = surroundings(model)
-    assert [len(batch) for batch in shared_sensitivity._first(around.batches)] == [8, 4]
-    monkeypatch.setattr(shared_sensitivity, "IMAGES", 100)
-    assert [len(batch) for batch in shared_sensitivity._first(around.batches)] == [8, 8]
+    assert [len(batch) for batch in weight_only_sensitivity._first(around.batches)] == [8, 4]
+    monkeypatch.setattr(weight_only_sensitivity, "IMAGES", 100)
+    assert [len(batch) for batch in weight_only_sensitivity._first(around.batches)] == [8, 8]
 
 
 def test_an_output_that_is_not_finite_is_an_error_with_the_layer_s_name() -> None:
@@ -168,12 +168,12 @@ def small() -> Any:
 def test_a_study_measures_its_table_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
 
-    def counted(*args: Any) -> shared_sensitivity.Table:
+    def counted(*args: Any) -> weight_only_sensitivity.Table:
         nonlocal calls
         calls += 1
         return measure(*args)
 
-    monkeypatch.setattr(shared_sensitivity, "measure", counted)
+    monkeypatch.setattr(weight_only_sensitivity, "measure", counted)
     found = []
     for seed in (0, 1):
         model = small()
@@ -200,24 +200,24 @@ def test_a_table_of_another_version_number_of_images_or_widths_is_measured_again
 ) -> None:
     calls = 0
 
-    def counted(*args: Any) -> shared_sensitivity.Table:
+    def counted(*args: Any) -> weight_only_sensitivity.Table:
         nonlocal calls
         calls += 1
         return measure(*args)
 
-    def table(version: int) -> shared_sensitivity.Table:
+    def table(version: int) -> weight_only_sensitivity.Table:
         around = replace(surroundings(model), once_a_study=once(tmp_path))
-        return shared_sensitivity.table_for(model, around, rounding, name="of_a_test", version=version)
+        return weight_only_sensitivity.table_for(model, around, rounding, name="of_a_test", version=version)
 
-    monkeypatch.setattr(shared_sensitivity, "measure", counted)
+    monkeypatch.setattr(weight_only_sensitivity, "measure", counted)
     model = small()
     first = table(1)
     assert (table(1), calls) == (first, 1)
     assert (table(2), table(2), calls) == (first, first, 2)  # the same numbers, as nothing but the version differs
-    monkeypatch.setattr(shared_sensitivity, "IMAGES", 16)
+    monkeypatch.setattr(weight_only_sensitivity, "IMAGES", 16)
     assert table(2) != first
     assert calls == 3
-    monkeypatch.setattr(shared_sensitivity, "WIDTHS", (2, 4))
+    monkeypatch.setattr(weight_only_sensitivity, "WIDTHS", (2, 4))
     assert {len(row) for row in table(2).values()} == {2}
     assert calls == 4
 
@@ -253,7 +253,7 @@ def test_a_recipe_that_cannot_be_quantised_is_infeasible(tmp_path: Path, monkeyp
         return run_trial(TrialSpec("s", "t", Recipe(steps), 0, context, storage.url))
 
     twice = run(full("weight_only"), full("gptq"))
-    monkeypatch.setattr(shared_sensitivity, "UNITS", 8)
+    monkeypatch.setattr(weight_only_sensitivity, "UNITS", 8)
     tight = run(full("weight_only", bits="mixed", mean_bits=2.5))
     assert [result.status for result in (twice, tight)] == ["infeasible", "infeasible"]
     assert str(twice.failure).startswith("NotQuantisable: blocks.0.attn.qkv is a Int8Linear already; quantise a model")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from workers.techniques.quantisation import shared_int4_kernels
+from workers.techniques.quantisation import weight_only_int4_kernels
 from workers.techniques.quantisation.shared_affine import grouped_int4, pack_nibbles, packed_bytes
 from workers.techniques.quantisation.weight_only import Config, empty_layer
 
@@ -27,7 +27,7 @@ def weights(rows: int, columns: int, group: int) -> tuple[Tensor, Tensor, Tensor
 def test_product_is_that_of_the_unpacked_weights(rows: int, columns: int, group: int, tokens: int) -> None:
     stored, scale, zero, weight = weights(rows, columns, group)
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1)).bfloat16()
-    found = shared_int4_kernels.product(x, shared_int4_kernels.pack(stored, scale, zero, columns, group))
+    found = weight_only_int4_kernels.product(x, weight_only_int4_kernels.pack(stored, scale, zero, columns, group))
     assert (found.dtype, found.shape) == (torch.bfloat16, (tokens, rows))
     expected = x.float() @ weight.T
     assert (found.float() - expected).abs().max() <= 2**-6 * expected.abs().max()
@@ -35,12 +35,12 @@ def test_product_is_that_of_the_unpacked_weights(rows: int, columns: int, group:
 
 def test_cuda_s_nibbles_by_hand() -> None:
     q = torch.tensor([[1, 2, 15, 0], [0, 15, 8, 9]], dtype=torch.uint8)
-    assert shared_int4_kernels.neighbours(q).tolist() == [[0x12, 0xF0], [0x0F, 0x89]]
+    assert weight_only_int4_kernels.neighbours(q).tolist() == [[0x12, 0xF0], [0x0F, 0x89]]
 
 
 @pytest.mark.parametrize(("columns", "count"), [(32, 2), (64, 4), (96, 2), (128, 8), (192, 4), (384, 8)])
 def test_tiles_fill_the_columns(columns: int, count: int) -> None:
-    assert shared_int4_kernels.tiles(columns) == count
+    assert weight_only_int4_kernels.tiles(columns) == count
 
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a PyTorch that was built with CUDA; no device")
@@ -50,8 +50,8 @@ def test_cuda_s_operators_take_the_shapes(rows: int, columns: int, group: int) -
     with FakeTensorMode():
         scale = torch.empty(rows, -(-columns // group), dtype=torch.bfloat16, device="cuda")
         stored = torch.empty(rows, packed_bytes(columns, 4), dtype=torch.uint8, device="cuda")
-        packed = shared_int4_kernels.pack(stored, scale, scale, columns, group)
-        found = shared_int4_kernels.product(torch.empty(5, columns, dtype=torch.bfloat16, device="cuda"), packed)
+        packed = weight_only_int4_kernels.pack(stored, scale, scale, columns, group)
+        found = weight_only_int4_kernels.product(torch.empty(5, columns, dtype=torch.bfloat16, device="cuda"), packed)
     assert (found.shape, found.device.type) == ((5, rows), "cuda")
 
 
@@ -61,9 +61,11 @@ def test_cuda_s_operators_take_the_shapes(rows: int, columns: int, group: int) -
 def test_cuda_s_product_is_that_of_the_cpu(rows: int, columns: int, group: int, tokens: int) -> None:
     stored, scale, zero, _ = weights(rows, columns, group)
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1)).bfloat16()
-    expected = shared_int4_kernels.product(x, shared_int4_kernels.pack(stored, scale, zero, columns, group)).float()
-    packed = shared_int4_kernels.pack(stored.cuda(), scale.cuda(), zero.cuda(), columns, group)
-    found = shared_int4_kernels.product(x.cuda(), packed).float().cpu()
+    expected = weight_only_int4_kernels.product(
+        x, weight_only_int4_kernels.pack(stored, scale, zero, columns, group)
+    ).float()
+    packed = weight_only_int4_kernels.pack(stored.cuda(), scale.cuda(), zero.cuda(), columns, group)
+    found = weight_only_int4_kernels.product(x.cuda(), packed).float().cpu()
     assert (found - expected).abs().max() <= 2**-6 * expected.abs().max()
 
 
