@@ -12,7 +12,7 @@ def plan(study: StudyArgument, storage: StorageOption = STORAGE) -> None:
     from orchestrator.sweep.plan import describe_plan
     from workers.techniques import left_out  # which imports torch once it is asked
 
-    for broken in left_out():
-        say(str(broken))
     for line in describe_plan(load_study(study), storage):
         print(line, flush=True)  # before a refusal, which goes to stderr
+    for broken in left_out():
+        say(str(broken))

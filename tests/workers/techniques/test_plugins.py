@@ -83,9 +83,10 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 def test_what_is_sound_joins_and_of_the_others_there_is_a_line_each(installed: None) -> None:
-    assert list(registry()) == [*NAMES, "early", "lora"]
-    assert [broken.name for broken in left_out()] == sorted(REASONS)
-    for broken in left_out():
+    assert [name for name in registry() if name in (*NAMES, "early", "lora")] == [*NAMES, "early", "lora"]
+    mine = [broken for broken in left_out() if broken.package == "vitpareto-mixed 2.1"]  # others may be installed
+    assert [broken.name for broken in mine] == sorted(REASONS)
+    for broken in mine:
         line = str(broken)
         assert line.startswith(f"technique {broken.name} of vitpareto-mixed 2.1 is left out (")
         assert REASONS[broken.name] in line
