@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tests.places import ROOT
 from workers.techniques import NAMES, contract, registry
 from workers.techniques.contract import Case
-from workers.techniques.contract.models import VARIANTS
+from workers.techniques.contract.models import JOINT, VARIANTS, family_of
 from workers.techniques.contract.subject import require_same_tensors
 from workers.techniques.record import Applied, LossInputs, LossTerm, Rule, Surroundings, Technique, number
 
@@ -61,12 +61,20 @@ SIZES_FROM_DATA = {"taylor_prune"}
 """Techniques that decide on data what each block keeps: nobody can tell their dimensions beforehand."""
 
 LACKING = sorted({name for name in NAMES if "timm" in registry()[name].models} - set(SAMPLES))
-assert not LACKING, f"tests/workers/techniques/test_contract.py: SAMPLES lacks a config for {', '.join(LACKING)}"
+assert not LACKING, f"SAMPLES lacks {', '.join(LACKING)}: add a config to tests/workers/techniques/test_contract.py"
+
+
+def variants(name: str) -> list[str]:
+    """Every shape of model that a technique works on; reducers of tokens have configs of their own for joint layers, in tokens/."""
+    technique = registry()[name]
+    asked = [*VARIANTS] if technique.family == "token_reduction" else [*VARIANTS, *JOINT]
+    return [variant for variant in asked if family_of(variant) in technique.models]
+
 
 CASES = [
     case
     for name, sample in SAMPLES.items()
-    for case in contract.cases(registry()[name], sample, VARIANTS, sizes_from_data=name in SIZES_FROM_DATA)
+    for case in contract.cases(registry()[name], sample, variants(name), sizes_from_data=name in SIZES_FROM_DATA)
 ]
 
 
