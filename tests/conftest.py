@@ -1,10 +1,15 @@
-"""What all tests share: a lane and a cache of their own; a test marked ``gpu`` is skipped where its device is not."""
+"""What all tests share: one thread, a lane and a cache of their own; a test marked ``gpu`` is skipped where its device is not."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# Read when torch is imported. The models of the tests are so small that a second thread makes them slower (by a third on two
+# busy cores); what is about threads sets their number itself.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

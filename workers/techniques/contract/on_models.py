@@ -37,7 +37,9 @@ def tensors_lie_row_by_row(subject: Subject) -> None:
     """What it leaves is contiguous: steps after it, and kernels, read memory as it lies."""
     odd = {n: t for n, t in subject.apply().model.state_dict().items() if not t.is_contiguous()}
     said = "; ".join(f"{name}: {layout(tensor)}" for name, tensor in odd.items())
-    require(not odd, f"tensors must be contiguous, since kernels read memory as it lies (end with .contiguous()): {said}")
+    require(
+        not odd, f"tensors must be contiguous, since kernels read memory as it lies (end with .contiguous()): {said}"
+    )
 
 
 def what_is_saved_comes_back(subject: Subject) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -157,8 +158,12 @@ def test_mixed_widths_cost_less_than_one_width() -> None:
 def once(folder: Path, seed: int = 0) -> Any:
     split = load({"kind": "digits", "train_limit": 64}).train
     deadline = Deadline(None)
-    storage = LocalStorage(folder)
-    return OnceAStudy(storage, "stages/b", split, torch.device("cpu"), Lane("test", deadline=deadline), deadline)
+
+    def batches() -> Iterator[tuple[Any, torch.Tensor]]:
+        for _, shown, labels in split.batches(32, shuffle_seed=0):
+            yield shown, labels
+
+    return OnceAStudy(LocalStorage(folder), "stages/b", batches, Lane("test", deadline=deadline), deadline)
 
 
 def small() -> Any:
