@@ -194,7 +194,7 @@ def test_a_study_measures_its_table_once(tmp_path: Path, monkeypatch: pytest.Mon
     model = small()
     around = replace(surroundings(model), once_a_study=once(tmp_path))
     model.blocks[0].mlp.fc1, model.blocks[0].mlp.fc2 = nn.Linear(32, 40), nn.Linear(40, 32)
-    around.batches = once(tmp_path)._batches
+    around.batches = once(tmp_path).batches
     weight_only.TECHNIQUE.apply(model, MIXED, around)  # pruned: a table of its own
     assert calls == 3
     assert len(list((tmp_path / "stages/b").glob("*.json"))) == 2
@@ -271,7 +271,7 @@ def test_mixed_widths_survive_the_artefact(tmp_path: Path) -> None:
 
     model = build()
     around = surroundings(model)
-    around.batches = once(tmp_path)._batches
+    around.batches = once(tmp_path).batches
     applied = weight_only.TECHNIQUE.apply(model, replace(MIXED, mean_bits=4.5), around)
     steps = [{"technique": "weight_only", "version": 1, "resolved": applied.resolved}]
     artefact.save(model, tmp_path / "a", model_description=models.describe(MODEL, DATA), steps=steps)
