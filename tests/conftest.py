@@ -21,17 +21,8 @@ def _own_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips tests marked ``gpu``, or ``gpu(capability=(8, 9))``, where there is no such CUDA device.
-
-    Where two processes share the tests (``./dev test``), those with Ray stay in one, one after the other and first, since they
-    take longest and mostly wait; of the others a file is not divided, since its tests share what they made.
-    """
-    if config.pluginmanager.hasplugin("xdist"):
-        with_ray = {item.path for item in items if item.get_closest_marker("ray")}
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else item.path.as_posix()))
-        items.sort(key=lambda item: item.path not in with_ray)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked ``gpu``, or ``gpu(capability=(8, 9))``, where there is no such CUDA device."""
     for item in items:
         mark = item.get_closest_marker("gpu")
         if mark is None:
