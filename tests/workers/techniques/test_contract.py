@@ -197,7 +197,7 @@ class Thawed:
 BROKEN: dict[str, tuple[Technique, str]] = {
     "column after column": (
         replace(SOUND, apply=changed(by_columns)),
-        r"must be contiguous .*blocks\.0\.mlp\.fc1\.weight: float32 of \(64, 32\) with strides \(1, 64\)",
+        r"must be contiguous.*blocks\.0\.mlp\.fc1\.weight: float32 of \(64, 32\) with strides \(1, 64\)",
     ),
     "names nothing": (replace(SOUND, apply=changed(forgets)), "changed must name the modules"),
     "tensor resolved": (replace(SOUND, apply=changed(tensors_in_resolved)), "resolved must be plain JSON"),
