@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from workers.model_info import ModelInfo
 from workers.models import vision_language as vl
+from workers.models.quiet_imports import quiet_registration
 from workers.models.timm_vit import ModelError
 
-with vl.quiet_registration():
+with quiet_registration():
     from transformers import RobertaConfig
     from transformers.models.clip import modeling_clip
     from transformers.models.roberta import modeling_roberta

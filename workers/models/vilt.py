@@ -24,9 +24,10 @@ from torch.nn import functional
 
 from workers.model_info import ModelInfo
 from workers.models import vision_language as vl
+from workers.models.quiet_imports import quiet_registration
 from workers.models.timm_vit import ModelError
 
-with vl.quiet_registration():
+with quiet_registration():
     from transformers import ViltConfig
     from transformers.models.vilt import modeling_vilt
 

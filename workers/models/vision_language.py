@@ -20,9 +20,7 @@ value has to travel from the device. ViLT alone reads its ``pixel_mask``: an ima
 from __future__ import annotations
 
 import difflib
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -60,18 +58,6 @@ TASKS: Mapping[str, Task] = {
     "retrieval": Task(images=1, num_classes=1),
 }
 """Retrieval has one score a pair of image and text."""
-
-
-@contextmanager
-def quiet_registration() -> Iterator[None]:
-    """Keeps quiet what torchao, which transformers imports, makes torch 2.15 log: that it registers types as before."""
-    logger = logging.getLogger("torch.utils._pytree")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 # --- descriptions -----------------------------------------------------------------------------------------------------
