@@ -13,18 +13,19 @@ if TYPE_CHECKING:
     from orchestrator.ledger import Ledger
     from orchestrator.ledger.studies import open_ledger
     from orchestrator.study.load import load_study
-    from orchestrator.sweep.driver import StudyRun, remeasure_study, run_study
+    from orchestrator.sweep.keeper import remeasure_study, run_study
+    from orchestrator.sweep.outcome import StudyRun
 
 __all__ = ["Ledger", "StudyRun", "load_study", "open_ledger", "pareto", "remeasure_study", "run_study", "sql"]
 
 _MODULES = {
     "Ledger": "ledger",
-    "StudyRun": "sweep.driver",
+    "StudyRun": "sweep.outcome",
     "load_study": "study.load",
     "open_ledger": "ledger.studies",
     "pareto": "frontier.query",
-    "remeasure_study": "sweep.driver",
-    "run_study": "sweep.driver",
+    "remeasure_study": "sweep.keeper",
+    "run_study": "sweep.keeper",
     "sql": "frontier.query",
 }
 

@@ -1,4 +1,5 @@
-"""What all tests share: one thread, a lane and a cache of their own; a test marked ``gpu`` is skipped where its device is not."""
+"""What all tests share: one thread, a lane and a cache of their own, Ray only where the mark says so; a test marked ``gpu`` is
+skipped where its device is not."""
 
 from __future__ import annotations
 
@@ -11,6 +12,9 @@ import pytest
 # busy cores); what is about threads sets their number itself.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+RAY_TMPDIR = os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp"))
+"""Where Ray keeps its sessions; Ray's own default, since the paths of its sockets must be short."""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -19,6 +23,13 @@ def _own_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for variable, folder in (("VITPARETO_LANE_DIR", "lane"), ("VITPARETO_CACHE", "cache")):
             patch.setenv(variable, str(tmp_path_factory.mktemp(folder)))
         yield
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Lets only tests marked ``ray`` start one, they or their fixtures: `./dev test` runs all others two at a time."""
+    allowed = item.get_closest_marker("ray") is not None
+    os.environ["RAY_TMPDIR"] = RAY_TMPDIR if allowed else "/dev/null/a test that starts Ray is marked ray"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

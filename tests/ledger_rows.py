@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.ledger import Ledger, attempt_row
+from orchestrator.ledger.files import LedgerFiles
 from orchestrator.ledger.schema import ATTEMPTS
 from workers.node.storage import Storage, open_storage
 from workers.trial import Context, Measurement, Recipe, Step, TrialResult, TrialSpec, trial_id
@@ -53,12 +55,33 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     return open_storage(tmp_path if request.param == "local" else f"memory://{uuid.uuid4().hex}")
 
 
+def settle(storage: Storage, study: str = STUDY) -> None:
+    """Deletes what the newest generation has replaced, as the compactions after it do."""
+    files = LedgerFiles(storage, study)
+    newest = files.manifest()
+    manifests, parts = files.superseded(newest, newest)
+    replaced = [files.part(part, kind) for part in parts for kind in ("attempts", "measurements")]
+    for name in (*newest.sources, *manifests, *replaced):
+        storage.delete(name)
+
+
 def ids(ledger: Ledger) -> list[str]:
     return sorted(ledger.attempts(["attempt_id"])["attempt_id"].to_pylist())
 
 
 def files(storage: Storage, folder: str) -> list[str]:
     return storage.files(f"{STUDY}/{folder}")
+
+
+def flip(storage: Storage, name: str, columns: pa.Schema, column: str) -> bytes:
+    """Flips a bit in the data of a column, leaving all others as they are; returns the damaged file."""
+    data = storage.read(name)
+    chunk = pq.ParquetFile(pa.BufferReader(data)).metadata.row_group(0).column(columns.names.index(column))
+    place = chunk.data_page_offset + chunk.total_compressed_size // 2
+    place = max(place, (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 2)
+    damaged = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+    storage.put_atomic(name, damaged)
+    return damaged
 
 
 def synthetic(n: int, start: int = 0) -> pa.Table:

@@ -33,12 +33,19 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
+def heed_signals() -> None:
+    """What `nohup` or a shell's background starts, these tests for one, ignores signals, and so would what is started here."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 class Study:
     """A study on disk and the processes that drive it."""
 
     def __init__(self, folder: Path, config: dict[str, Any], **env: str) -> None:
         self.config, self.folder, self.mark = config, folder, uuid.uuid4().hex
         self._hold = folder / "hold"
+        self.prefix: list[str] = []
         self.env = environment(**{MARK: self.mark, "VITPARETO_HOLD": str(self._hold), **env})
         self.name = config["name"]
         self.storage = LocalStorage(folder / "results")
@@ -51,17 +58,21 @@ class Study:
         self.config = {**self.config, **changes}
         self.file.write_text(yaml.safe_dump(self.config))
 
+    def command(self, *arguments: str) -> list[str]:
+        """Returns the command line of `vitpareto` with the storage's option."""
+        return [*self.prefix, sys.executable, "-m", "orchestrator.cli", *arguments, "--storage", self.storage.url]
+
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Starts `vitpareto` with the storage's option, as the leader of a process group of its own."""
-        command = [sys.executable, "-m", "orchestrator.cli", *(arguments or ("run", str(self.file), "--quiet"))]
         return subprocess.Popen(
-            [*command, "--storage", self.storage.url],
+            self.command(*(arguments or ("run", str(self.file), "--quiet"))),
             env=self.env,
             cwd=self.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=heed_signals,
         )
 
     def finish(self, *arguments: str, status: int = 0, wait_s: float | None = None) -> str:
@@ -96,13 +107,31 @@ class Study:
         and a worker that is still importing might start a stage later.
         """
         kill_group(process)
-        while any(map(self._mine, psutil.process_iter())):
+        while self.left():
             time.sleep(0.1)
 
     def _mine(self, process: psutil.Process) -> bool:
         with suppress(psutil.Error):
             return bool(process.environ().get(MARK) == self.mark)
         return False
+
+    def parts(self, name: str) -> list[psutil.Process]:
+        """Returns the processes of the study's Ray of a name: ``gcs_server``, ``raylet``, ``ray::DashboardAgent``..."""
+        found: set[psutil.Process] = set()
+        for mine in self.left():
+            with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+                found |= {p for p in (mine, *mine.children(recursive=True)) if name[:15] == p.name()[: len(name[:15])]}
+        return sorted(found, key=lambda process: process.pid)
+
+    def left(self) -> list[psutil.Process]:
+        """Returns what still runs of all that the study's drivers started."""
+        return [p for p in psutil.process_iter() if self._mine(p)]
+
+    def driver(self) -> int:
+        """Returns the process that drives the study, which `vitpareto run` keeps."""
+        folder = f"{self.name}/lease"
+        newest = [file for file in self.storage.files(folder) if file.removesuffix(".json").isdigit()][-1]
+        return int(json.loads(self.storage.read(f"{folder}/{newest}"))["pid"])
 
     def attempts(self) -> list[dict[str, Any]]:
         """Returns every attempt in the ledger, by start."""

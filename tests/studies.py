@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
+
+from workers.trial import Recipe, Step
 
 TINY_MODEL = {"create": {"width": 16, "depth": 2, "heads": 2, "patch": 4, "mlp_ratio": 2.0}}
 ONE_EPOCH = {"baseline": {"epochs": 1}, "recovery": {"epochs": 1}}
+
+
+ONE_WORKER = {"cpus": 1, "max_concurrent": 1}
+"""Where trials side by side are not the point: each worker imports for seconds what its few trials need."""
 
 
 def tiny_study(name: str = "tiny", **changes: Any) -> dict[str, Any]:
@@ -41,3 +48,11 @@ def fault_study(name: str, kinds: list[str], **changes: Any) -> dict[str, Any]:
         "trials": len(kinds),
     }
     return tiny_study(name, **{**study, **changes})
+
+
+def recipe(*steps: tuple[str, dict[str, Any]]) -> Recipe:
+    """Steps with the parameters that are not named at their defaults."""
+    from workers.techniques import registry  # imports torch
+
+    known = registry()
+    return Recipe(tuple(Step(name, asdict(known[name].Config(**config))) for name, config in steps))

@@ -100,7 +100,7 @@ def test_nothing_private_is_imported() -> None:
 
 HEAVY = {
     "PIL",
-    "fsspec",
+    "obstore",
     "huggingface_hub",
     "onnxruntime",
     "onnxscript",
@@ -147,7 +147,7 @@ ONE_PLACE = {
     "plotly": {"orchestrator/report/render.py"},
     "pydantic": {"orchestrator/study"},
     "onnxruntime": {"workers/artefact/export.py"},
-    "fsspec": {"workers/node/storage.py"},
+    "obstore": {"workers/node/storage/objects.py"},
     "pyarrow.parquet": {"orchestrator/ledger", "workers/tasks"},
 }
 """Who uses a library: a file, or a folder of which some do. Ledgers are written by one folder, data sets are read by another."""
@@ -170,7 +170,7 @@ def test_parquet_is_written_in_one_file() -> None:
         and node.attr in ("write_table", "ParquetWriter")
         and "pq" in ast.unparse(node)
     }
-    assert writers == {"orchestrator/ledger/ledger.py"}
+    assert writers == {"orchestrator/ledger/parquet_files.py"}
 
 
 @pytest.mark.parametrize("path", [p for p in files() if name(p).startswith("workers")], ids=name)
@@ -271,7 +271,13 @@ def test_tests_mirror_the_folders() -> None:
         assert without == set()
 
 
-READING = ["orchestrator.cli", "orchestrator.ledger", "orchestrator.frontier.query", "orchestrator.study.load"]
+READING = [
+    "orchestrator.cli",
+    "orchestrator.ledger",
+    "orchestrator.frontier.query",
+    "orchestrator.study.load",
+    "orchestrator.sweep.keeper",
+]
 
 
 @pytest.mark.parametrize("imported", READING)

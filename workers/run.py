@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-import socket
 import time
 import traceback
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from workers import artefact, evaluation, stages
+from workers import artefact, evaluation
 from workers.measuring import counting
 from workers.measuring.made_inputs import make_inputs
 from workers.measuring.peak_memory import NotTellable
@@ -25,18 +23,20 @@ from workers.node.deadline import Deadline, DeadlineExceeded, guard
 from workers.node.lane import Lane
 from workers.node.provenance import provenance
 from workers.node.storage import open_storage
+from workers.node.storage_faults import StorageNotSeen, check_seen, storage_fault
+from workers.stages.answers import Answer, keep_answer, known_answer
+from workers.stages.cache import discard, ensure, ensure_recipe
+from workers.stages.graph import Infeasible, Stage, compile_recipe, prefix, resolve
+from workers.stages.workbench import DamagedStage, Workbench
 from workers.techniques.quantisation.shared_affine import NotQuantisable, unquantised
 from workers.training.loop import TrainingDiverged
 from workers.trial import Measurement, Recipe, StageRun, TrialResult, TrialSpec
 
 Attempt = Callable[[TrialSpec], TrialResult]
+T = TypeVar("T")
 
-_REFUSALS = (stages.Infeasible, NotQuantisable, TrainingDiverged, evaluation.NotFiniteOutput, NotTellable)
+_REFUSALS = (Infeasible, NotQuantisable, TrainingDiverged, evaluation.NotFiniteOutput, NotTellable)
 """What says that this recipe cannot be had on this model and device, whoever tries it."""
-
-
-class StorageNotSeen(Exception):
-    """This node does not see the study's storage."""
 
 
 def run_trial(spec: TrialSpec) -> TrialResult:
@@ -86,43 +86,60 @@ def classify(error: BaseException) -> str:
         return "cuda_oom"
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         return "host_oom"
-    return "error"
+    return "storage_fault" if isinstance(error, StorageNotSeen) or storage_fault(error) else "error"
 
 
 class _Outcome:
     """What a trial has found so far; kept when it fails."""
 
     def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets what was found, but not the time it took."""
         self.metrics: dict[str, float] = {}
         self.conditions: dict[str, Any] = {}
         self.stages: list[StageRun] = []
         self.measurements: list[Measurement] = []
         self.artefact: str | None = None
-        self.seconds: dict[str, float] = {}
 
 
-def workbench(spec: TrialSpec, deadline: Deadline, seconds: dict[str, float]) -> stages.Workbench:
+def with_sound_stages(spec: TrialSpec, bench: Workbench, use: Callable[[], T]) -> tuple[T, tuple[str, ...]]:
+    """Calls ``use``, and again after each stage that proved damaged and was removed; once a stage.
+
+    Returns:
+        what ``use`` returned, and the keys of the stages that were removed.
+
+    Raises:
+        DamagedStage: a stage is damaged that was removed before.
+        StorageNotSeen: what looks like damage is that the storage is gone from this node.
+    """
+    removed: list[str] = []
+    while True:
+        try:
+            return use(), tuple(removed)
+        except DamagedStage as error:
+            if error.key in removed:
+                raise
+            check_seen(bench.storage, spec.study, spec.storage_token)
+            discard(bench, error.key)
+            removed.append(error.key)
+
+
+def workbench(spec: TrialSpec, deadline: Deadline, seconds: dict[str, float]) -> Workbench:
     """Returns what the trial works with, after proving that this node sees the study's storage.
 
     Raises:
-        StorageNotSeen: the study's token cannot be read here or is another one.
+        StorageNotSeen: the study's token is absent here or another one.
     """
     storage = open_storage(spec.storage)
-    if spec.storage_token:
-        try:
-            seen = json.loads(storage.read(f"{spec.study}/study.json"))["token"]
-        except (OSError, ValueError, KeyError):
-            seen = ""
-        if seen != spec.storage_token:
-            raise StorageNotSeen(
-                f"{socket.gethostname()} does not see the study's storage {spec.storage!r}: use a path that every node "
-                "mounts, or an object store URL"
-            )
+    check_seen(storage, spec.study, spec.storage_token)
     device = torch.device(spec.context.device)
     if device.type == "cpu":
         torch.set_num_threads(max(1, spec.cpus))
     lane = Lane(device_key(device), deadline=deadline)
-    return stages.Workbench(spec.context, spec.seed, storage, device, lane, deadline, seconds)
+    return Workbench(spec.context, spec.seed, storage, device, lane, deadline, seconds)
 
 
 def device_key(device: torch.device) -> str:
@@ -132,16 +149,35 @@ def device_key(device: torch.device) -> str:
 
 def _run(spec: TrialSpec, deadline: Deadline, outcome: _Outcome) -> None:
     bench = workbench(spec, deadline, outcome.seconds)
-    try:
+
+    def use() -> None:
+        outcome.clear()
         _stages_and_numbers(spec, bench, outcome)
+
+    try:
+        _, removed = with_sound_stages(spec, bench, use)
+        if removed:
+            outcome.conditions["made_again"] = list(removed)
     finally:
         outcome.seconds["lane_wait"] = bench.lane.waited_s
 
 
-def _stages_and_numbers(spec: TrialSpec, bench: stages.Workbench, outcome: _Outcome) -> None:
-    plan = stages.compile_recipe(spec.recipe, spec.seed, spec.context)
-    for stage in plan:
-        outcome.stages.append(bench.ensure(stage))
+def _stages_and_numbers(spec: TrialSpec, bench: Workbench, outcome: _Outcome) -> None:
+    recipe, plan = ensure_recipe(bench, spec.recipe, outcome.stages.append)
+    last = plan[-1]
+    answer = known_answer(bench, spec, last.key) if spec.recipe.steps else None
+    if answer is not None:
+        outcome.metrics |= answer.metrics
+        outcome.conditions |= {**answer.conditions, "same_as": answer.trial_id}
+        outcome.measurements += answer.measurements
+    else:
+        _numbers(replace(spec, recipe=recipe), bench, plan, outcome)
+    if recipe != spec.recipe:
+        outcome.conditions["stages_of"] = recipe.to_json()
+    outcome.artefact = prefix(last.key)
+
+
+def _numbers(spec: TrialSpec, bench: Workbench, plan: tuple[Stage, ...], outcome: _Outcome) -> None:
     last = plan[-1]
     twin = plan[-2] if last.kind == "conversion" else last
     model = bench.load(last.key)
@@ -166,35 +202,35 @@ def _stages_and_numbers(spec: TrialSpec, bench: stages.Workbench, outcome: _Outc
     missing = sorted(set(spec.objectives) - outcome.metrics.keys())
     if missing:
         raise NotTellable(f"no value for {', '.join(missing)} on {bench.device.type}")
-    outcome.artefact = stages.prefix(last.key)
+    if spec.recipe.steps:
+        found = Answer(spec.trial_id, outcome.metrics, outcome.conditions, outcome.measurements)
+        keep_answer(bench, spec, last.key, found)
 
 
-def timed_as(spec: TrialSpec, device: str) -> tuple[bool, stages.Stage]:
+def timed_as(spec: TrialSpec, device: str) -> tuple[bool, Stage]:
     """Returns whether a quantiser is simulated on a device of that kind, and the stage whose model is timed.
 
     That is the trial's last stage; with a simulated quantiser the last of the recipe without it, so that ``precision`` beside
     it still counts. One that takes part in the training stays: another training would make another model, and
     :func:`workers.techniques.quantisation.shared_affine.unquantised` takes it out of this one.
     """
-    steps = stages.resolve(spec.recipe.steps)
+    steps = resolve(spec.recipe.steps)
     marks = [technique.simulated(config, device) for technique, config in steps]
     kept = tuple(
         step
         for step, (technique, _), mark in zip(spec.recipe.steps, steps, marks, strict=True)
         if technique.stage == "surgery" or not mark
     )
-    return any(marks), stages.compile_recipe(Recipe(kept), spec.seed, spec.context)[-1]
+    return any(marks), compile_recipe(Recipe(kept), spec.seed, spec.context)[-1]
 
 
-def _twin(
-    bench: stages.Workbench, plan: tuple[stages.Stage, ...], timed: stages.Stage
-) -> tuple[nn.Module, list[StageRun]]:
+def _twin(bench: Workbench, plan: tuple[Stage, ...], timed: Stage) -> tuple[nn.Module, list[StageRun]]:
     """Loads the unquantised model of a stage, which is run first where it is none of the trial's own."""
-    run = [] if timed.key in {stage.key for stage in plan} else [bench.ensure(timed)]
+    run = [] if timed.key in {stage.key for stage in plan} else [ensure(bench, timed)]
     return unquantised(bench.load(timed.key)), run
 
 
-def _evaluate(bench: stages.Workbench, spec: TrialSpec, model: nn.Module, key: str, outcome: _Outcome) -> None:
+def _evaluate(bench: Workbench, spec: TrialSpec, model: nn.Module, key: str, outcome: _Outcome) -> None:
     with bench.lane.shared(), bench.timed("evaluate"):
         found = evaluation.evaluate(model, bench.task.search, device=bench.device, tick=bench.tick)
     for accuracy in found.accuracies:
@@ -205,9 +241,7 @@ def _evaluate(bench: stages.Workbench, spec: TrialSpec, model: nn.Module, key: s
     outcome.measurements += accuracy_measurements("accuracy_search", bench, key, found)
 
 
-def accuracy_measurements(
-    kind: str, bench: stages.Workbench, key: str, found: evaluation.Evaluation
-) -> list[Measurement]:
+def accuracy_measurements(kind: str, bench: Workbench, key: str, found: evaluation.Evaluation) -> list[Measurement]:
     """Returns each accuracy as a measurement record, its interval in the conditions."""
     return [
         Measurement(
@@ -234,7 +268,7 @@ def accuracy_measurements(
 
 
 def _measure(
-    bench: stages.Workbench, spec: TrialSpec, model: nn.Module, key: str, is_baseline: bool, outcome: _Outcome
+    bench: Workbench, spec: TrialSpec, model: nn.Module, key: str, is_baseline: bool, outcome: _Outcome
 ) -> None:
     """Measures speed and memory against the strong baseline, alone on the device."""
     with bench.lane.exclusive(), bench.timed("measure"):
@@ -252,8 +286,8 @@ def _check_finite(metrics: dict[str, float]) -> None:
         raise evaluation.NotFiniteOutput(f"not a finite number: {', '.join(bad)}")
 
 
-def _conditions(bench: stages.Workbench, key: str) -> dict[str, Any]:
-    info = bench.task.info
+def _conditions(bench: Workbench, key: str) -> dict[str, Any]:
+    info, notes = bench.task.info, bench.context.model.get("weights_notes")
     return {
         "device": bench.device.type,
         "search_images": len(bench.task.search),
@@ -261,6 +295,7 @@ def _conditions(bench: stages.Workbench, key: str) -> dict[str, Any]:
         "train_threads": torch.get_num_threads(),
         "stage": key,
         "protocol": bench.context.measurement.get("protocol", "quick"),
+        **({"weights": list(notes)} if notes else {}),
     }
 
 
@@ -268,27 +303,36 @@ def run_report(spec: TrialSpec) -> tuple[Measurement, ...]:
     """Evaluates the finished trial's artefact on the report split (the test set), which the search never sees.
 
     Raises:
-        ArtefactError: the trial has no artefact in the storage.
+        ArtefactError: the trial's artefact cannot be loaded here.
     """
     bench = workbench(replace(spec, timeout_s=None), Deadline(None), {})
-    last = stages.compile_recipe(spec.recipe, spec.seed, spec.context)[-1]
-    with bench.lane.shared():
-        found = evaluation.evaluate(bench.load(last.key), bench.task.report, device=bench.device, tick=bench.tick)
-    return tuple(accuracy_measurements("accuracy_report", bench, last.key, found))
+
+    def use() -> tuple[Measurement, ...]:
+        last = ensure_recipe(bench, spec.recipe)[1][-1]
+        with bench.lane.shared():
+            model = bench.load(last.key)
+            found = evaluation.evaluate(model, bench.task.report, device=bench.device, tick=bench.tick)
+        return tuple(accuracy_measurements("accuracy_report", bench, last.key, found))
+
+    return with_sound_stages(spec, bench, use)[0]
 
 
 def run_remeasure(spec: TrialSpec) -> tuple[Measurement, ...]:
     """Measures the speeds of a finished trial's artefact once more, alone on the device.
 
     Raises:
-        ArtefactError: the trial has no artefact in the storage.
+        ArtefactError: the trial's artefact cannot be loaded here.
     """
     bench = workbench(replace(spec, timeout_s=None), Deadline(None), {})
-    plan = stages.compile_recipe(spec.recipe, spec.seed, spec.context)
-    simulated, timed = timed_as(spec, bench.device.type)
-    if timed.key == bench.baseline_key:
+    if timed_as(spec, bench.device.type)[1].key == bench.baseline_key:
         return ()
-    model = _twin(bench, plan, timed)[0] if simulated else bench.load(timed.key)
-    with bench.lane.exclusive():
-        quantities = Quantities(bench, spec, model, plan[-1].key, is_baseline=False)
-        return tuple(quantities.speed(kind) for kind, objective in SPEEDS.items() if objective in spec.objectives)
+
+    def use() -> tuple[Measurement, ...]:
+        recipe, plan = ensure_recipe(bench, spec.recipe)
+        simulated, timed = timed_as(replace(spec, recipe=recipe), bench.device.type)
+        model = _twin(bench, plan, timed)[0] if simulated else bench.load(timed.key)
+        with bench.lane.exclusive():
+            quantities = Quantities(bench, spec, model, plan[-1].key, is_baseline=False)
+            return tuple(quantities.speed(kind) for kind, objective in SPEEDS.items() if objective in spec.objectives)
+
+    return with_sound_stages(spec, bench, use)[0]

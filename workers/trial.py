@@ -24,15 +24,17 @@ STATUSES = (
     "worker_died",
     "node_lost",
     "preempted",
+    "storage_fault",
     "error",
 )
 """Every way a trial can end. ``ok`` is the only success."""
 
-INFRASTRUCTURE = frozenset({"worker_died", "node_lost", "preempted"})
+INFRASTRUCTURE = frozenset({"worker_died", "node_lost", "preempted", "storage_fault"})
 """Failures that say nothing about the recipe; the only ones that are retried."""
 
-_LOCATIONS = frozenset({"path", "root", "checkpoint", "cache", "checkpoint_s"})
-"""Keys that say where a thing lies, or how often a training is saved. They never enter a digest: content does."""
+_LOCATIONS = frozenset({"path", "root", "checkpoint", "cache", "checkpoint_s", "weights_notes"})
+"""Keys that say where a thing lies, how often a training is saved, or what of the weights was told. They never enter a
+digest: content does."""
 
 
 def canonical_json(value: object) -> str:
@@ -94,7 +96,8 @@ class Context:
     """Everything besides recipe and seed that changes a trial's numbers.
 
     Attributes:
-        model: model section of the study, with the checkpoint's ``checkpoint_digest`` where one is used.
+        model: model section of the study, with the checkpoint's ``checkpoint_digest`` where one is used; in a study's
+            trials also ``weights_notes``, what ``plan`` says of loading it.
         data: data section with the data's own ``digest`` and the split settings.
         training: ``baseline`` and ``recovery`` training settings.
         measurement: protocol name, batch sizes, repetitions, thread count.
@@ -139,7 +142,7 @@ class TrialSpec:
 
     Attributes:
         study: name of the study, a folder under ``storage``.
-        storage: root of the storage, a path or an fsspec URL, as seen from the worker.
+        storage: root of the storage, a path or the URL of an object store, as seen from the worker.
         storage_token: ``token`` in the study's ``study.json``; a node that reads another one does not see the storage.
         objectives: names from :data:`workers.metrics.OBJECTIVES` that the result must hold.
         timeout_s: seconds of own work before the trial counts as timed out (waiting for the lane does not count).

@@ -1,11 +1,12 @@
 """The command line: one command a file, listed here in the order in which ``vitpareto --help`` shows them.
 
-Exit status: 0 done, 1 the work failed, 2 usage. Rows go to stdout, everything else to stderr. Heavy imports stand inside the
+Exit status: 0 done, 1 the work failed, 2 usage, 130 interrupted. Rows go to stdout, everything else to stderr. Heavy imports stand inside the
 commands: those that only read results import neither torch nor ray.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import typer
@@ -18,6 +19,7 @@ from orchestrator.cli import (
     plan,
     query,
     remeasure,
+    repair,
     report,
     reproduce,
     run,
@@ -25,6 +27,7 @@ from orchestrator.cli import (
     status,
     techniques,
 )
+from orchestrator.cli.io import INTERRUPTED, interrupted
 
 COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (plan.plan, "plan quick"),
@@ -36,6 +39,7 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (compare.compare, "compare quick 3f2a90c1 77b0"),
     (query.query, 'query quick "SELECT status, count(*) AS n FROM trials GROUP BY status"'),
     (techniques.techniques, "techniques --format json"),
+    (repair.repair, "repair quick"),
     (remeasure.remeasure, "remeasure quick --times 8"),
     (reproduce.reproduce, "reproduce quick cb8b"),
     (export.export, "export quick cb8b --format onnx exported"),
@@ -60,4 +64,11 @@ app.add_typer(jobs.jobs, name="jobs")
 
 def main() -> None:
     """Entry point of the ``vitpareto`` command."""
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before or after the command itself
+        sys.exit(interrupted())
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # which typer's newer versions leave unsaid
+            interrupted()
+        raise

@@ -5,12 +5,17 @@ from __future__ import annotations
 import enum
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable
-from functools import wraps
-from typing import TYPE_CHECKING, Annotated, Any
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, wraps
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
+
+from orchestrator.words.printable import printable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,7 +32,9 @@ class Format(enum.StrEnum):
     parquet = "parquet"
 
 
-StorageOption = Annotated[str, typer.Option(help="Folder or fsspec URL of the results.", envvar="VITPARETO_STORAGE")]
+StorageOption = Annotated[
+    str, typer.Option(help="Folder or URL of an object store of the results.", envvar="VITPARETO_STORAGE")
+]
 FormatOption = Annotated[Format, typer.Option("--format", help="How rows come out.")]
 AddressOption = Annotated[str, typer.Option(help="Address of the head's dashboard.", envvar="RAY_API_SERVER_ADDRESS")]
 TrialsOption = Annotated[int | None, typer.Option(min=1, help="Trials in total, in place of the study's own budget.")]
@@ -37,10 +44,16 @@ NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the s
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY.yaml", help="A study file, or a study that ships: quick.")]
 STORAGE = "results"
 
+SIGNALLED = 128
+"""Added to a signal's number: the exit status after it, as shells have it."""
+
 
 class UsageError(Exception):
     """The command was asked for something that does not exist or does not fit; exit status 2."""
 
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it: 128 and the signal's number."""
 
 _STATUS = {
     "UsageError": 2,
@@ -55,6 +68,7 @@ _STATUS = {
     "SubmitError": 1,
     "StudyFailed": 1,
     "StudyBusy": 1,
+    "LeaseLost": 1,
     "LedgerError": 1,
     "OSError": 1,
 }
@@ -62,18 +76,30 @@ _STATUS = {
 
 
 def reported(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Turns the errors a user can cause into lines on stderr and an exit status; others keep their traceback."""
+    """Turns the errors a user can cause into lines on stderr and an exit status; others keep their traceback.
+
+    What was told without rows that are known to be missing is followed by a line a file and ends with status 1, whatever else.
+    """
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
+        with _missing_rows() as missing:
+            try:
+                told(*args, **kwargs)
+            except typer.Exit as done:
+                raise typer.Exit(1 if missing else done.exit_code) from None
+        if missing:
+            raise typer.Exit(1)
+
+    def told(*args: Any, **kwargs: Any) -> None:
         try:
             function(*args, **kwargs)
             sys.stdout.flush()
         except BrokenPipeError:  # whoever reads our output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except KeyboardInterrupt:
-            say("interrupted")
-            raise typer.Exit(1) from None
+        except KeyboardInterrupt as interrupt:
+            say(str(interrupt)) if str(interrupt) else interrupted()
+            raise typer.Exit(SIGNALLED + getattr(interrupt, "signal", signal.SIGINT)) from None
         except Exception as error:
             status = next((_STATUS[k.__name__] for k in type(error).__mro__ if k.__name__ in _STATUS), None)
             if status is None:
@@ -85,6 +111,34 @@ def reported(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+@cache
+def interrupted() -> int:
+    """Says so, once a process, and returns the exit status."""
+    say("interrupted")
+    return INTERRUPTED
+
+
+@contextmanager
+def _missing_rows() -> Iterator[set[str]]:
+    """Says each warning of a ledger once, and gives what was said."""
+    from orchestrator.ledger import LedgerWarning
+
+    said: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", LedgerWarning)
+        show = warnings.showwarning
+
+        def say_once(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not issubclass(category, LedgerWarning):
+                show(message, category, *place, **more)
+            elif str(message) not in said:
+                said.add(str(message))
+                say(str(message))
+
+        warnings.showwarning = say_once
+        yield said
+
+
 def _text(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
@@ -92,8 +146,13 @@ def _text(error: Exception) -> str:
 
 
 def say(line: str) -> None:
-    """Writes a line to stderr."""
-    print(f"vitpareto: {line}", file=sys.stderr)
+    """Writes a line to stderr, after the program's name."""
+    write(f"vitpareto: {line}", sys.stderr)
+
+
+def write(line: str, out: TextIO | None = None) -> None:
+    """Writes a line for people, which a terminal shows and does not obey, to ``out`` (None: stdout)."""
+    print(printable(line), file=out, flush=True)
 
 
 def open_study(name: str, storage: str) -> tuple[Ledger, dict[str, Any]]:
@@ -110,8 +169,12 @@ def open_study(name: str, storage: str) -> tuple[Ledger, dict[str, Any]]:
 def write_table(table: pa.Table, format_: Format) -> None:
     """Writes rows to stdout; Parquet never to a terminal."""
     from orchestrator.ledger import parquet_bytes  # pyarrow, which `vitpareto --help` need not wait for
-    from orchestrator.words.rows import format_rows
+    from orchestrator.words.rows import TABLE_ROWS, format_rows
 
+    if format_ is Format.table and len(table) > TABLE_ROWS:
+        raise UsageError(
+            f"--format table: must have at most {TABLE_ROWS:,} rows, there are {len(table):,}; ask for less, or --format csv"
+        )
     if format_ is not Format.parquet:
         format_rows(table, format_.value, sys.stdout)
         return
@@ -136,11 +199,21 @@ def write_dicts(rows: list[dict[str, Any]], format_: Format) -> None:
     write_table(pa.Table.from_pylist(flat), format_)
 
 
-def duration_s(time_budget: str | None) -> float | None:
-    """Returns ``--time-budget`` in seconds."""
+def duration_s(text: str | None, option: str = "time-budget") -> float | None:
+    """Returns the duration of an option in seconds."""
     from orchestrator.study.load import parse_duration_s
 
     try:
-        return None if time_budget is None else parse_duration_s(time_budget)
+        return None if text is None else parse_duration_s(text, option)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
+
+
+def memory_bytes(text: str | None, option: str = "memory") -> int | None:
+    """Returns the memory of an option in bytes."""
+    from orchestrator.study.load import parse_size_bytes
+
+    try:
+        return None if text is None else parse_size_bytes(text, option)
     except ValueError as error:
         raise UsageError(f"--{error}") from None

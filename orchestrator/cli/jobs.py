@@ -16,6 +16,7 @@ from orchestrator.cli.io import (
     TrialsOption,
     duration_s,
     reported,
+    write,
     write_dicts,
 )
 
@@ -93,7 +94,8 @@ def jobs_logs(job: JobArgument, address: AddressOption) -> None:
     """Prints what a job has printed so far."""
     from orchestrator.cluster.submit import job_logs
 
-    sys.stdout.write(job_logs(job, address))
+    for line in job_logs(job, address).splitlines():
+        write(line)
 
 
 @jobs.command("stop", epilog="Example: vitpareto jobs stop my-study --address http://127.0.0.1:8265")

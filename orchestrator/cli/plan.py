@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from orchestrator.cli.io import STORAGE, StorageOption, StudyArgument, reported, say
+from orchestrator.cli.io import STORAGE, RayOption, StorageOption, StudyArgument, reported, say, write
 
 
 @reported
-def plan(study: StudyArgument, storage: StorageOption = STORAGE) -> None:
-    """Checks a study and says what would run; runs nothing and starts no Ray."""
+def plan(study: StudyArgument, storage: StorageOption = STORAGE, address: RayOption = None) -> None:
+    """Checks a study and says what would run; runs nothing and starts no Ray. With --address nothing is asked of this machine."""
     from orchestrator.study.load import load_study
     from orchestrator.sweep.plan import describe_plan
     from workers.techniques import left_out  # which imports torch once it is asked
 
-    for line in describe_plan(load_study(study), storage):
-        print(line, flush=True)  # before a refusal, which goes to stderr
+    for line in describe_plan(load_study(study, here=address is None), storage, here=address is None):
+        write(line)
     for broken in left_out():
         say(str(broken))

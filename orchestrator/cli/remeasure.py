@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.io import STORAGE, NameArgument, RayOption, StorageOption, reported
+from orchestrator.cli.io import STORAGE, NameArgument, RayOption, StorageOption, open_study, reported
 
 
 @reported
@@ -19,12 +19,11 @@ def remeasure(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
 ) -> None:
     """Measures frontier members again whose place rests on noise, one at a time, alone on the device."""
-    from orchestrator.ledger.studies import open_ledger
-    from orchestrator.study.schema import StudyConfig
+    from orchestrator.study.load import stored_study
 
-    stored = open_ledger(name, storage).study_record() or {}
-    config = StudyConfig.from_dict(stored["config"])
-    from orchestrator.sweep.driver import remeasure_study
+    ledger, stored = open_study(name, storage)
+    config = stored_study(stored, ledger.folder)
+    from orchestrator.sweep.keeper import remeasure_study
 
     spent = remeasure_study(config, times=times, storage=storage, address=address, quiet=quiet)
     rest = "" if spent else ": no place on the frontier rests on the noise of a speed"

@@ -19,6 +19,7 @@ from orchestrator.cli.io import (
     UsageError,
     reported,
     say,
+    write,
     write_dicts,
 )
 
@@ -65,9 +66,9 @@ def _print(done: Reproduction, format_: Format) -> None:
         )
     out = sys.stdout if people else sys.stderr
     same = "as in the row" if done.status == done.row_status else f"but {done.row_status} in the row"
-    print(f"status: {done.status}, {same}" + (f": {done.failure}" if done.failure else ""), file=out)
+    write(f"status: {done.status}, {same}" + (f": {done.failure}" if done.failure else ""), out)
     for difference in done.differences:
-        print(_difference(difference), file=out)
+        write(_difference(difference), out)
     print(f"reproduced: {'yes' if done.reproduced else 'no'}", file=out)
     if done.folder is not None:
         say(f"the run is left in {done.folder}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.io import STORAGE, NameArgument, StorageOption, UsageError, open_study, reported
+from orchestrator.cli.io import STORAGE, NameArgument, StorageOption, UsageError, open_study, reported, write
 
 
 @reported
@@ -33,4 +33,4 @@ def show(
         print(json.dumps(plain(row), indent=2))
     else:
         for line in describe_trial(row, ledger, name, storage):
-            print(line)
+            write(line)

@@ -199,7 +199,7 @@ def submit(
     Args:
         study_path: study file, inside ``working_dir``.
         address: of the head's dashboard, ``http://HEAD:8265``.
-        storage: absolute path that every node mounts, or an fsspec URL.
+        storage: absolute path that every node mounts, or the URL of an object store.
         working_dir: sent to the cluster; holds the code and the study.
         name: of the study; None takes the file's.
         resume: the resume counter to use; None takes the first one that is free or still stands.

@@ -39,6 +39,10 @@ _PACKAGES = {
 """Packages whose versions the record states."""
 
 
+_PREPROCESSING = frozenset({"image_size", "in_chans", "mean", "std"})
+"""What an export needs to know of an artefact's inputs."""
+
+
 @dataclass(frozen=True)
 class Exported:
     """An export that is in place.
@@ -69,7 +73,7 @@ def export_trial(
         trial: id of the trial, or the start of it.
         out: folder to make; it may exist if it is empty.
         format: ``artefact``, ``torch-export`` or ``onnx``.
-        storage: folder or fsspec URL of the results.
+        storage: folder or URL of an object store of the results.
         overwrite: replaces an earlier export in ``out``; a folder that is none is never replaced.
 
     Raises:
@@ -92,7 +96,12 @@ def export_trial(
     source = f"{ledger.storage.url}/{row['artefact']}"
     try:
         manifest = artefact.manifest(source)
-        images = export.search_images(row["spec"]["context"]["data"], manifest["extra"]["preprocessing"])
+        preprocessing = (manifest.get("extra") or {}).get("preprocessing")
+        if not isinstance(preprocessing, Mapping) or not preprocessing.keys() >= _PREPROCESSING:
+            raise artefact.ArtefactError(
+                f"{source}: {artefact.MANIFEST} is damaged: it does not say how images are prepared"
+            )
+        images = export.search_images(row["spec"]["context"]["data"], preprocessing)
         target.parent.mkdir(parents=True, exist_ok=True)
         made = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
         made.mkdir()

@@ -19,12 +19,12 @@ from orchestrator.ledger import Ledger
 from orchestrator.ledger.schema import metric_of
 from orchestrator.ledger.show import find_trial
 from orchestrator.words.units import format_seconds
-from workers import artefact, stages, tasks
+from workers import artefact, tasks
 from workers.metrics import DEVICE_BOUND, SPEEDS
 from workers.models import checkpoint_digest
 from workers.node.storage import LocalStorage, Storage
 from workers.run import run_trial
-from workers.stages import Stage, compile_recipe, prefix
+from workers.stages.graph import Infeasible, Stage, compile_recipe, prefix
 from workers.techniques import registry, versions
 from workers.trial import TrialSpec, trial_id
 
@@ -137,7 +137,7 @@ def _checked(spec: TrialSpec) -> tuple[Stage, ...]:
         )
     try:
         return compile_recipe(spec.recipe, spec.seed, spec.context)
-    except stages.Infeasible:  # the run will say so
+    except Infeasible:  # the run will say so
         return ()
 
 

@@ -199,7 +199,7 @@ def _scores(conditions: Mapping[str, Any]) -> npt.NDArray[np.float32] | None:
             levels = np.frombuffer(conditions["levels"].encode(), np.uint8) - ord("0")
             return LEVELS[levels] if len(levels) == examples else None
         packed = np.frombuffer(bytes.fromhex(conditions["correct_bits"]), np.uint8)
-    except (KeyError, TypeError, ValueError, IndexError):
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError):
         return None
     if len(packed) != (examples + 7) // 8:
         return None

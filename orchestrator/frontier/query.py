@@ -1,16 +1,21 @@
 """Questions to a ledger: the frontier and how sure it is, what a budget allows, and read-only SQL through DuckDB.
 
 SQL sees Arrow tables in an in-memory database and nothing else: file access, extensions, variables of the Python
-process and temporary files are off and the configuration is locked, before a word of the question is parsed.
+process and temporary files are off and the configuration is locked, before a word of the question is parsed. A question has
+a time and a memory (:class:`Limits`), its answer included.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
+from threading import Timer
 from typing import Any
 
 import duckdb
@@ -27,9 +32,10 @@ from orchestrator.ledger.schema import ATTEMPTS, MEASUREMENTS
 from orchestrator.ledger.trials import NUMERIC, TRIALS
 from orchestrator.study.constraints import Constraint
 from orchestrator.words.rows import format_rows
+from orchestrator.words.units import format_value
 from workers.metrics import OBJECTIVES
 
-__all__ = ["QueryError", "candidates", "format_rows", "pareto", "sql", "uncertain", "within_budget"]
+__all__ = ["Limits", "QueryError", "candidates", "format_rows", "pareto", "sql", "uncertain", "within_budget"]
 
 TABLES = {"trials": TRIALS, "attempts": ATTEMPTS, "measurements": MEASUREMENTS}
 """Tables of :func:`sql`."""
@@ -37,8 +43,25 @@ TABLES = {"trials": TRIALS, "attempts": ATTEMPTS, "measurements": MEASUREMENTS}
 CANDIDATES = TRIALS.append(pa.field("seeds", pa.int64()))
 """Columns that the condition of :func:`pareto` sees."""
 
-MEMORY_LIMIT = "4GB"
-"""Of a query, besides the tables; it never spills to disk."""
+
+@dataclass(frozen=True)
+class Limits:
+    """What a question may take.
+
+    Attributes:
+        seconds: from its first word to its last row. DuckDB looks at the time between two steps of its work.
+        memory_bytes: besides the tables, of DuckDB, which never spills to disk, and then of the answer.
+    """
+
+    seconds: float = 60.0
+    memory_bytes: int = min(4 * 10**9, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+
+
+LIMITS = Limits()
+
+
+_BATCH = 100_000
+"""Rows after which the size of an answer is looked at."""
 
 _LOCKED = {
     "enable_external_access": "false",
@@ -47,7 +70,8 @@ _LOCKED = {
     "allow_community_extensions": "false",
     "python_enable_replacements": "false",  # or FROM would find variables of this process by name
     "temp_directory": "",
-    "memory_limit": MEMORY_LIMIT,
+    # These two work out constant expressions while a plan is made, which neither time nor memory stops: repeat('x', 3e9).
+    "disabled_optimizers": "expression_rewriter,statistics_propagation",
 }
 
 
@@ -210,7 +234,7 @@ def _condition_columns(where: str) -> set[str]:
     nothing = {"trials": empty(CANDIDATES)}
     try:
         duckdb.SQLExpression(where)  # parses one expression and nothing around it
-        with _connect(nothing) as connection:
+        with _connect(nothing, "where") as connection:
             kind = connection.execute(f"DESCRIBE SELECT ({where}\n) FROM trials").fetchall()[0][1]
             used = _used_columns(connection, f"SELECT seeds FROM trials WHERE ({where}\n)") & set(CANDIDATES.names)
     except duckdb.Error as error:
@@ -223,7 +247,7 @@ def _condition_columns(where: str) -> set[str]:
 def _matches(candidates: pa.Table, where: str) -> npt.NDArray[np.bool_]:
     table = _filled(candidates, CANDIDATES.append(ROW))
     try:
-        with _connect({"trials": table}) as connection:
+        with _connect({"trials": table}, "where") as connection:
             found: pa.Table = connection.sql(f"SELECT _row FROM trials WHERE ({where}\n)").to_arrow_table()
     except duckdb.Error as error:
         raise _explained("where", error, CANDIDATES.names) from None
@@ -233,28 +257,31 @@ def _matches(candidates: pa.Table, where: str) -> npt.NDArray[np.bool_]:
 # --- SQL --------------------------------------------------------------------------------------------------------------
 
 
-def sql(ledger: Ledger, statement: str) -> pa.Table:
+def sql(ledger: Ledger, statement: str, limits: Limits = LIMITS) -> pa.Table:
     """Answers one SELECT (or WITH, FROM, VALUES, DESCRIBE, SUMMARIZE) over ``trials``, ``attempts`` and
     ``measurements``.
 
     Raises:
-        QueryError: for anything else, and for whatever DuckDB cannot answer.
+        QueryError: for anything else, for whatever DuckDB cannot answer, and for what takes more than ``limits``.
     """
     names = sorted({name for schema in TABLES.values() for name in schema.names})
     try:
         query = _single_select(statement)
-        with _connect({name: empty(schema) for name, schema in TABLES.items()}) as connection:
+        with _connect({name: empty(schema) for name, schema in TABLES.items()}, "query", limits) as connection:
             used = _used_columns(connection, query)
 
         def read(snapshot: Snapshot) -> dict[str, pa.Table]:
             readers = {"trials": snapshot.trials, "attempts": snapshot.attempts, "measurements": snapshot.measurements}
+            named = query.lower()  # a table that is not asked for is not read, nor missed where it is damaged
             return {
                 name: _filled(readers[name]([c for c in schema.names if c in used] or ["trial_id"]), schema)
+                if name in named
+                else empty(schema)
                 for name, schema in TABLES.items()
             }
 
-        with _connect(ledger.consistent(read)) as connection:
-            return connection.sql(query).to_arrow_table()
+        with _connect(ledger.consistent(read), "query", limits) as connection:
+            return _answer(connection.sql(query), limits)
     except duckdb.Error as error:
         raise _explained("query", error, names) from None
 
@@ -267,13 +294,51 @@ def _single_select(statement: str) -> str:
     return str(statements[0].query)
 
 
-def _connect(tables: Mapping[str, pa.Table]) -> duckdb.DuckDBPyConnection:
-    """Opens an in-memory database that holds ``tables`` and can reach nothing else; its configuration is locked."""
-    connection = duckdb.connect(":memory:", config=dict(_LOCKED))
-    for name, table in tables.items():
-        connection.register(name, table)
-    connection.execute("SET lock_configuration = true")
-    return connection
+@contextmanager
+def _connect(
+    tables: Mapping[str, pa.Table], where: str, limits: Limits = LIMITS
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Opens an in-memory database that holds ``tables`` and can reach nothing else; its configuration is locked.
+
+    Raises:
+        QueryError: the block takes longer than ``limits`` allow.
+        KeyboardInterrupt: it was interrupted, which DuckDB says in its own way.
+    """
+    config: dict[str, Any] = {**_LOCKED, "memory_limit": f"{limits.memory_bytes}B"}
+    with duckdb.connect(":memory:", config=config) as connection:
+        for name, table in tables.items():
+            connection.register(name, table)
+        connection.execute("SET lock_configuration = true")
+        timer = Timer(limits.seconds, connection.interrupt)
+        timer.start()
+        try:
+            yield connection
+        except duckdb.InterruptException:
+            raise QueryError(
+                f"{where}: must be answered within {limits.seconds:g} s; ask for less, or allow more with --timeout"
+            ) from None
+        except RuntimeError as error:
+            if str(error) != "Query interrupted":
+                raise
+            raise KeyboardInterrupt from None
+        finally:
+            timer.cancel()
+            timer.join()
+
+
+def _answer(relation: duckdb.DuckDBPyRelation, limits: Limits) -> pa.Table:
+    """Returns the rows of a relation, of which no more are made than fit into the memory of ``limits``."""
+    reader = relation.to_arrow_reader(_BATCH)
+    found, size = [], 0
+    for batch in reader:
+        found.append(batch)
+        size += batch.nbytes
+        if size > limits.memory_bytes:
+            raise QueryError(
+                f"query: its answer must take at most {format_value('memory_bytes', limits.memory_bytes)}, has more after "
+                f"{sum(map(len, found)):,} rows; ask for less (LIMIT), or allow more with --memory"
+            )
+    return pa.Table.from_batches(found, reader.schema)
 
 
 def _used_columns(connection: duckdb.DuckDBPyConnection, query: str) -> set[str]:

@@ -11,10 +11,6 @@ Files under ``<study>/``::
     ledger/manifest-<n>.json                 the parts of generation n; the highest counts
     study.json                               what the study is
     frontier.parquet                         the frontier and its history
-
-Compaction writes new parts, then the next manifest, then deletes what that replaces. The manifest of a generation is
-created, never replaced, so of two processes that compact at once exactly one wins and the other deletes nothing. A
-reader reads the loose files before it looks for the manifest: what vanished meanwhile is in a part by then.
 """
 
 from __future__ import annotations
@@ -23,49 +19,50 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from orchestrator.ledger.columns import empty
-from orchestrator.ledger.files import LedgerError, LedgerFiles, Manifest, Part, Problem
+from orchestrator.ledger.compaction import Compaction
+from orchestrator.ledger.files import LedgerError, LedgerFiles, LedgerWarning, Part
+from orchestrator.ledger.parquet_files import (
+    KINDS,
+    PartUnreadableError,
+    PartVanishedError,
+    Problem,
+    parquet_bytes,
+    read_parquet,
+    verify,
+)
+from orchestrator.ledger.records import row_fault
 from orchestrator.ledger.schema import (
-    ATTEMPTS,
     FRONTIER,
-    MEASUREMENTS,
     attempt_row,
     attempts_table,
-    conform,
     frontier_table,
     measurements_table,
     report_record,
-    row_fault,
 )
-from orchestrator.ledger.snapshot import PartUnreadableError, PartVanishedError, Snapshot, read_parquet
+from orchestrator.ledger.snapshot import Snapshot
+from orchestrator.ledger.study_file import read_study
 from orchestrator.study.constraints import Constraint, parse
 from workers.node.storage import Storage
 
-__all__ = ["Ledger", "LedgerError", "Problem", "Snapshot", "attempt_row", "parquet_bytes"]
+__all__ = ["Ledger", "LedgerError", "LedgerWarning", "Problem", "Snapshot", "attempt_row", "parquet_bytes"]
 
 T = TypeVar("T")
 
-LARGEST_MERGED_ROWS = 250_000
-"""A part with more rows than this is not rewritten any more."""
-
 _REMEASURED = re.compile(r"([0-9a-f]+)\.[0-9a-f]{8}\.json")
+
+_MISSING = "is named by the manifest but missing"
 
 READ_TRIES = 20
 """Snapshots a reader takes before it gives up; each failed one means that a compaction ended meanwhile."""
-
-
-def parquet_bytes(table: pa.Table) -> bytes:
-    """Returns ``table`` as one Parquet file."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", row_group_size=65_536, write_page_checksum=True)
-    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
 
 class Ledger:
@@ -84,6 +81,7 @@ class Ledger:
         self.storage, self.study, self.context = storage, study, context
         self.constraints = [c if isinstance(c, Constraint) else parse(c) for c in constraints]
         self._files = LedgerFiles(storage, study)
+        self._compaction = Compaction(self._files)
         self._damaged: dict[str, Problem] = {}
 
     # --- writing ------------------------------------------------------------------------------------------------------
@@ -137,11 +135,11 @@ class Ledger:
     def write_ask(self, context: str, number: int, ask: Mapping[str, Any]) -> None:
         """Records what the driver handed out as Optuna's trial ``number`` of a context; a later call replaces it."""
         record = {**ask, "number": int(number), "context": context}
-        self.storage.put_atomic(self._files.name("asks", f"{context}.{number:08d}.json"), json.dumps(record).encode())
+        self.storage.put_atomic(self._files.ask(context, number), json.dumps(record).encode())
 
     def asks(self, context: str) -> list[dict[str, Any]]:
         """Returns what was handed out in a context, by number."""
-        return [record for _, record in self._files.records("asks", [], prefix=f"{context}.")]
+        return self._files.asks([], prefix=f"{context}.")
 
     def mark_running(self, trial_id: str, whereabouts: Mapping[str, Any]) -> None:
         """Records where a trial runs. Its attempt removes the mark; a lost worker leaves it."""
@@ -150,7 +148,11 @@ class Ledger:
 
     def running(self) -> dict[str, dict[str, Any]]:
         """Returns trial id to whereabouts of the marks that are left: trials that run, or whose worker was lost."""
-        return {str(record.get("trial_id")): record for _, record in self._files.records("running", [])}
+        return self._files.running([])
+
+    def waiting(self) -> frozenset[str]:
+        """Returns those of :meth:`running` that wait for the lane, or for a stage that another trial runs."""
+        return frozenset(trial for trial, record in self.running().items() if record.get("waiting") is True)
 
     def clear_running(self, trial_id: str) -> None:
         """Removes the mark of a trial."""
@@ -168,16 +170,9 @@ class Ledger:
         """
         name = self._files.name("study.json")
         try:
-            data = self.storage.read(name)
+            return read_study(name, self.storage.read(name))
         except FileNotFoundError:
             return None
-        try:
-            record = json.loads(data)
-        except ValueError as error:
-            raise LedgerError(f"{name} is damaged: {error}") from None
-        if not isinstance(record, dict):
-            raise LedgerError(f"{name} is not a record of vitpareto")
-        return record
 
     @property
     def folder(self) -> str:
@@ -206,92 +201,156 @@ class Ledger:
         names = None if columns is None else list(columns)
         return self.consistent(lambda snapshot: snapshot.measurements(names))
 
-    def outcomes(self, context: str, trials: Sequence[str] | None = None) -> dict[str, tuple[str, dict[str, float]]]:
-        """Returns trial id to (status, metrics) of accepted attempts in a context; ``trials`` names those wanted."""
-        table = self.trials(["trial_id", "status", "metrics", "context"])
+    def outcomes(
+        self, context: str, trials: Sequence[str] | None = None, without: Collection[str] = ()
+    ) -> dict[str, tuple[str, dict[str, float]]]:
+        """Returns trial id to (status, metrics) of accepted attempts in a context; ``trials`` names those wanted.
+
+        Args:
+            without: attempts that are left out; their trials are, where no later attempt was accepted.
+        """
+        table = self.trials(["trial_id", "attempt_id", "status", "metrics", "context"])
         keep = pc.equal(table["context"], context)
+        if without:
+            keep = pc.and_(
+                keep, pc.invert(pc.is_in(table["attempt_id"], value_set=pa.array(list(without), pa.string())))
+            )
         if trials is not None:
             keep = pc.and_(keep, pc.is_in(table["trial_id"], value_set=pa.array(list(trials), pa.string())))
         rows = table.filter(keep).to_pylist()
         known = ({k: v for k, v in json.loads(r["metrics"]).items() if v is not None} for r in rows)
         return {r["trial_id"]: (r["status"], metrics) for r, metrics in zip(rows, known, strict=True)}
 
+    def accepted_attempts(self, context: str, statuses: Collection[str]) -> frozenset[str]:
+        """Returns the accepted attempts of a context that ended in one of ``statuses``."""
+        table = self.trials(["attempt_id", "status", "context"])
+        wanted = pc.is_in(table["status"], value_set=pa.array(list(statuses), pa.string()))
+        rows = table.filter(pc.and_(pc.equal(table["context"], context), wanted))
+        return frozenset(rows["attempt_id"].to_pylist())
+
     def consistent(self, read: Callable[[Snapshot], T]) -> T:
         """Returns ``read(snapshot)``, called again on a new snapshot where a part vanished or proved damaged while
         reading.
 
+        Rows that are known to be missing from the answer are told as :class:`LedgerWarning`, one a file.
+
         Raises:
             LedgerError: if parts keep vanishing.
+            StorageFault: the storage does not answer.
         """
-        missing = ""
+        gone = ""
         for _ in range(READ_TRIES):
             try:
-                return read(self.snapshot())
-            except PartVanishedError as gone:
-                if str(gone) == missing:  # the manifest was read again and still names it
-                    self._damaged[missing] = Problem(missing, "is named by the manifest but missing")
-                missing = str(gone)
+                snapshot = self.snapshot()
+                answer = read(snapshot)
+            except PartVanishedError as error:
+                if str(error) == gone:  # the manifest was read again and still names it
+                    self._damaged[gone] = Problem(gone, _MISSING, hides_rows=True)
+                gone = str(error)
             except PartUnreadableError as error:
                 self._damaged[error.problem.file] = error.problem
+            else:
+                self._warn(snapshot.missing())
+                return answer
         raise LedgerError(
-            f"{self.study}/ledger: parts keep vanishing, last {missing}; does anything else delete files there?"
+            f"{self.study}/ledger: parts keep vanishing, last {gone}; does anything else delete files there?"
         )
+
+    def _warn(self, problems: Sequence[Problem]) -> None:
+        remedy = f"what it holds is missing from what is told; `vitpareto repair {self.study}` says what is left"
+        for problem in problems:
+            warnings.warn(f"{problem.file}: {problem.reason}; {remedy}", LedgerWarning, stacklevel=4)
 
     def snapshot(self) -> Snapshot:
         """Takes a snapshot; its reads may raise, so use :meth:`consistent`."""
-        loose = self._files.loose([])  # before the manifest: see the module docstring
-        reports = self._files.reports([])
-        parts, repeats = self._files.parts([])
-        kinds = ("attempts", "measurements")
-        usable = [p for p in parts if not any(self._files.part(p, kind) in self._damaged for kind in kinds)]
-        return Snapshot(self._files, usable, loose, reports, self.constraints, repeats)
+        lost: list[Problem] = []
+        listed = self._files.attempts()  # before the manifest: see the module docstring
+        of_reports: list[Problem] = []
+        reports = self._files.reports(of_reports)
+        parts, taken = self._files.parts(lost)
+        damaged = {kind: [p for p in parts if self._files.part(p, kind) in self._damaged] for kind in KINDS}
+        covered = False
+        if any(damaged.values()):  # the generation before is still there
+            there = {part.id: part for part in (*self._files.unnamed(), *parts)}
+            covered = taken is not None and self._compaction.covers(parts, there.values(), taken, self._damaged)
+            parts, taken = list(there.values()), None
+        loose = self._files.loose(lost, sorted(set(listed).difference(taken or (), self._damaged)))
+        usable, missing = {}, {}
+        for kind in KINDS:
+            usable[kind] = [part for part in parts if self._files.part(part, kind) not in self._damaged]
+            gone = [] if covered else [self._damaged[self._files.part(part, kind)] for part in damaged[kind]]
+            missing[kind] = [p for p in [*lost, *gone] if p.hides_rows]
+        missing["measurements"] += [p for p in of_reports if p.hides_rows]
+        return Snapshot(self._files, usable, loose, reports, self.constraints, taken is None, missing)
 
     def problems(self) -> list[Problem]:
-        """Looks through the study's files; returns those that cannot be used, besides what reads came across so far."""
+        """Looks through the study's files, every byte of the ledger's; returns those that cannot be used.
+
+        Raises:
+            StorageFault: the storage does not answer.
+        """
         found: list[Problem] = []
         self._files.reports(found)
-        for folder in ("asks", "running"):
-            self._files.records(folder, found)
+        self._files.asks(found)
+        self._files.running(found)
+        self._files.records("baselines", found)
         self._files.loose(found)
         found += self._files.foreign()
-        parts, _ = self._files.parts(found)
-        checks = [(self._files.part(p, kind), kind) for p in parts for kind in ("attempts", "measurements")]
-        for file, kind in [*checks, (self._files.name("frontier.parquet"), "frontier")]:
-            try:
-                read_parquet(self.storage, file, kind, ["trial_id"])
-            except PartUnreadableError as error:
-                found.append(error.problem)
-            except PartVanishedError:
-                if kind != "frontier" and file in {self._files.part(p, kind) for p in self._files.parts([])[0]}:
-                    found.append(Problem(file, "is named by the manifest but missing"))
-        return found + [p for p in self._damaged.values() if p.file not in {f.file for f in found}]
+        parts, taken = self._files.parts(found)
+        bad = [problem for part in parts for kind in KINDS if (problem := self.part_problem(part, kind)) is not None]
+        if (
+            bad
+            and taken is not None
+            and self._compaction.covers(parts, self._files.unnamed(), taken, {p.file for p in bad})
+        ):
+            bad = [replace(problem, hides_rows=False) for problem in bad]
+        found += bad
+        try:
+            verify(self.storage, self._files.name("frontier.parquet"), "frontier", None)
+        except PartUnreadableError as error:
+            found.append(error.problem)
+        except PartVanishedError:
+            pass  # there is none before the baseline
+        return found
+
+    def part_problem(self, part: Part, kind: str) -> Problem | None:
+        """Reads the whole file of a part; returns what is wrong with it, or None."""
+        file = self._files.part(part, kind)
+        try:
+            verify(self.storage, file, kind, part.contents.get(kind))
+        except PartUnreadableError as error:
+            return error.problem
+        except PartVanishedError:
+            named = {self._files.part(p, kind) for p in self._files.parts([])[0]}  # or merged meanwhile
+            return Problem(file, _MISSING, hides_rows=True) if file in named else None
+        return None
+
+    def check_whole(self) -> None:
+        """Checks that no row is known to be missing, before trials are run that only seem to be left to run.
+
+        Raises:
+            LedgerError: some are; the text names every file and the remedy.
+            StorageFault: the storage does not answer.
+        """
+        lost = [f"{p.file}: {p.reason}" for p in self.problems() if p.hides_rows]
+        if lost:
+            what = f"study {self.study}: trials that ended would be run again; put these files back from a copy, or see"
+            remedy = f"with `vitpareto repair {self.study}` what is left and go on with that (--apply)"
+            raise LedgerError("\n".join([*lost, f"{what} {remedy}"]))
 
     # --- compaction ---------------------------------------------------------------------------------------------------
 
     def compact(self, min_rows: int = 1) -> int:
-        """Moves the loose attempts into Parquet and returns how many. Being killed at any point loses and repeats
-        nothing.
+        """Moves the loose attempts into Parquet and returns how many. Being killed at any point loses and repeats nothing.
 
         Args:
             min_rows: with fewer loose attempts nothing is done.
 
         Raises:
             LedgerError: the manifest is damaged, newer or missing; loose attempts stay as they are and stay readable.
+            StorageFault: whether it was done is not known; nothing that is needed was deleted.
         """
-        manifest = self._files.manifest()
-        self._sweep(manifest)  # what a compaction that was killed left
-        loose = self._files.loose([])
-        if len(loose.names) < max(min_rows, 1):
-            return 0
-        try:
-            known = self._attempt_ids(manifest)
-        except PartVanishedError:
-            return 0  # another process compacts
-        fresh = [
-            table.filter(pc.invert(pc.is_in(table["attempt_id"], value_set=known)))
-            for table in (loose.attempts, loose.measurements)
-        ]
-        return len(loose.names) if self._commit(manifest, fresh[0], fresh[1], loose.names) else 0
+        return self._compaction.compact(min_rows)
 
     def append(self, attempts: pa.Table, measurements: pa.Table | None = None) -> None:
         """Adds tables of new attempts past the loose files, for imports and benchmarks.
@@ -299,59 +358,15 @@ class Ledger:
         Raises:
             LedgerError: another process compacted at the same time, or the manifest is unusable.
         """
-        more = empty(MEASUREMENTS) if measurements is None else conform(measurements, MEASUREMENTS)
-        if not self._commit(self._files.manifest(), conform(attempts, ATTEMPTS), more, []):
-            raise LedgerError(f"{self.study}: another process compacted at the same time; append again")
+        self._compaction.append(attempts, measurements)
 
-    def _attempt_ids(self, manifest: Manifest) -> pa.Array:
-        found = [pa.chunked_array([], pa.string())]
-        for part in manifest.parts:
-            try:
-                table = read_parquet(self.storage, self._files.part(part, "attempts"), "attempts", ["attempt_id"])
-            except PartUnreadableError:
-                continue  # stays in the manifest and in problems()
-            found.append(table["attempt_id"])
-        return pa.chunked_array([chunk for array in found for chunk in array.chunks], pa.string()).combine_chunks()
+    def rebuild(self, kept: Sequence[Part], attempts: pa.Table, measurements: pa.Table) -> None:
+        """Makes a generation of these parts and rows the newest one; what else lies in the folder counts no more.
 
-    def _commit(self, manifest: Manifest, attempts: pa.Table, measurements: pa.Table, sources: Sequence[str]) -> bool:
-        """Writes the next generation with the new rows; False, with nothing changed, if another process was first."""
-        generation = manifest.generation + 1
-        kept, attempts, measurements = self._merge(list(manifest.parts), attempts, measurements)
-        part = Part(f"{generation:06d}-{uuid.uuid4().hex[:8]}", len(attempts))
-        tables = {"attempts": attempts, "measurements": measurements}
-        for kind, table in tables.items():
-            self.storage.put_atomic(self._files.part(part, kind), parquet_bytes(table))
-        following = Manifest(generation, (*kept, part), tuple(sources))
-        created = self.storage.put_if_absent(self._files.manifest_name(generation), following.to_json())
-        # A slow process may create a manifest whose generation was already replaced and deleted; only the newest counts.
-        if not created or self._files.newest() != generation:
-            for kind in tables:
-                self.storage.delete(self._files.part(part, kind))
-            return False
-        self._sweep(following)
-        return True
-
-    def _sweep(self, manifest: Manifest) -> None:
-        """Deletes what the newest manifest replaces: loose files that its parts hold, older manifests and parts."""
-        present = {self._files.name("attempts", file) for file in self.storage.files(self._files.name("attempts"))}
-        for name in [*present.intersection(manifest.sources), *self._files.superseded(manifest)]:
-            self.storage.delete(name)
-
-    def _merge(
-        self, parts: list[Part], attempts: pa.Table, measurements: pa.Table
-    ) -> tuple[list[Part], pa.Table, pa.Table]:
-        """Takes small parts in: sizes stay a falling geometric series, so files are few and rows are rewritten log n
-        times."""
-        while parts and parts[-1].rows <= min(2 * len(attempts), LARGEST_MERGED_ROWS):
-            try:
-                older = [
-                    read_parquet(self.storage, self._files.part(parts[-1], k), k) for k in ("attempts", "measurements")
-                ]
-            except (PartUnreadableError, PartVanishedError):
-                break  # what cannot be read is kept as it is
-            attempts, measurements = pa.concat_tables([older[0], attempts]), pa.concat_tables([older[1], measurements])
-            parts.pop()
-        return parts, attempts, measurements
+        Raises:
+            LedgerError: another process compacted at the same time.
+        """
+        self._compaction.rebuild(kept, attempts, measurements)
 
     # --- frontier -----------------------------------------------------------------------------------------------------
 
@@ -404,5 +419,5 @@ class Ledger:
         except PartVanishedError:
             return empty(FRONTIER)
         except PartUnreadableError as error:
-            self._damaged[error.problem.file] = error.problem
+            self._warn([error.problem])
             return empty(FRONTIER)

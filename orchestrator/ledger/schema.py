@@ -117,19 +117,6 @@ without members has one row whose ``trial_id`` is null."""
 
 SCHEMAS = {"attempts": ATTEMPTS, "measurements": MEASUREMENTS, "frontier": FRONTIER}
 
-_REQUIRED = (
-    "trial_id",
-    "attempt_id",
-    "recipe",
-    "recipe_hash",
-    "seed",
-    "status",
-    "metrics",
-    "started_at",
-    "measurements",
-)
-_TEXT_KEYS = ("trial_id", "attempt_id", "recipe", "recipe_hash", "status")
-
 
 def attempt_row(spec: TrialSpec, result: TrialResult, optuna: Mapping[str, Any] | None) -> dict[str, Any]:
     """Combines what was asked, how it ended and what the sampler needs to remember into one attempt row.
@@ -184,21 +171,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return value
-
-
-def row_fault(row: object) -> str | None:
-    """Returns why ``row`` is not an attempt row that this version reads, or None."""
-    if not isinstance(row, dict) or "schema_version" not in row:
-        return "is not an attempt record"
-    version = row["schema_version"]
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
-        return f"has schema version {version!r}, this vitpareto reads up to {SCHEMA_VERSION}"
-    missing = [name for name in _REQUIRED if name not in row]
-    if missing:
-        return f"lacks {', '.join(missing)}"
-    if not all(isinstance(row[name], str) for name in _TEXT_KEYS) or not isinstance(row["metrics"], dict):
-        return "is not an attempt record: a field has another type"
-    return None
 
 
 def attempts_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:

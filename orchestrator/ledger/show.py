@@ -92,8 +92,9 @@ def _measurement_lines(row: dict[str, Any], ledger: Ledger) -> Iterator[str]:
 
 
 def _measurement(m: dict[str, Any]) -> str:
-    text = f"{m['value']:.6g} {m['unit']} on {m['device']}, batch {m['batch']}, {m['resolution']} px, protocol {m['protocol']}"
-    if m["ratio"] is not None:
+    value = "unknown" if m["value"] is None else f"{m['value']:.6g}"
+    text = f"{value} {m['unit']} on {m['device']}, batch {m['batch']}, {m['resolution']} px, protocol {m['protocol']}"
+    if None not in (m["ratio"], m["ratio_low"], m["ratio_high"]):
         text += (
             f"; {m['ratio']:.3f} times the interleaved baseline, interval {m['ratio_low']:.3f} to {m['ratio_high']:.3f}"
         )

@@ -2,42 +2,75 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.ledger.ledger import Ledger
+from orchestrator.ledger.ledger import Ledger, LedgerWarning
 from workers.node.lease import holder
+from workers.trial import INFRASTRUCTURE
+
+_COLUMNS = ("status", "is_baseline", "context", "feasible", "recipe_hash", "attempts")
 
 
 def study_status(ledger: Ledger) -> dict[str, Any]:
     """Returns one row about a study.
 
     ``state`` is ``running`` (a live driver holds the lease), ``done`` (budget or space used up) or ``stopped``; ``failed``
-    counts trials by class; ``hypervolume`` is that of the newest frontier; ``other_contexts`` counts trials that answer
-    an earlier question (other data, other training); ``problems`` lists files that cannot be read, with the reason.
+    counts trials by class; ``waiting`` are those that wait for the lane, or for a stage that another runs; ``hypervolume`` is
+    that of the newest frontier; ``other_contexts`` counts trials that answer an earlier question (other data, other
+    training); ``problems`` lists files that cannot be read, with the reason, and ``rows_missing`` says that rows are known
+    to be missing with them.
     """
     stored = ledger.study_record() or {}
-    rows = ledger.trials(["status", "is_baseline", "context", "feasible", "recipe_hash"]).to_pylist()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LedgerWarning)  # ``problems`` has it
+        rows = ledger.trials(_COLUMNS).to_pylist()
+        frontier = ledger.frontier()
+    problems = ledger.problems()
     here = [r for r in rows if r["context"] == ledger.context]
     mine = [r for r in here if not r["is_baseline"]]
     budget = stored["config"]["trials"]
-    recipes = {r["recipe_hash"] for r in mine}
-    frontier = ledger.frontier()
+    done = _ended(mine, stored["config"])
     owner = holder(ledger.storage, f"{ledger.study}/lease")
-    state = "running" if owner else ("done" if len(recipes) >= budget or stored.get("complete") else "stopped")
+    marks = ledger.running() if owner else {}
+    waiting = ledger.waiting() if marks else frozenset()
+    state = "running" if owner else ("done" if done >= budget or stored.get("complete") else "stopped")
     return {
         "study": ledger.study,
         "state": state,
-        "done": len(recipes),
+        "done": done,
         "budget": budget,
-        "running": len(ledger.running()) if owner else 0,
+        "running": len(marks) - len(waiting),
+        "waiting": len(waiting),
         "feasible": len({r["recipe_hash"] for r in mine if r["feasible"]}),
         "failed": dict(Counter(r["status"] for r in mine if r["status"] != "ok")),
         "hypervolume": frontier["hypervolume"][-1].as_py() if len(frontier) else None,
         "other_contexts": len(rows) - len(here),
-        "driver": {k: owner[k] for k in ("host", "pid")} if owner else None,
-        "problems": [f"{p.file}: {p.reason}" for p in ledger.problems()],
+        "driver": {k: owner.get(k) for k in ("host", "pid")} if owner else None,
+        "problems": [f"{p.file}: {p.reason}" for p in problems],
+        "rows_missing": any(p.hides_rows for p in problems),
     }
+
+
+def done_recipes(ledger: Ledger) -> int:
+    """Returns how many recipes have an end in the study's present context."""
+    rows = ledger.trials(_COLUMNS).to_pylist()
+    mine = [r for r in rows if r["context"] == ledger.context and not r["is_baseline"]]
+    return _ended(mine, (ledger.study_record() or {})["config"])
+
+
+def _ended(rows: list[dict[str, Any]], config: Mapping[str, Any]) -> int:
+    """Counts recipes as the driver does: those that are ok under every seed, or failed for good under one.
+
+    A loss of the worker is no end before the retries are used up.
+    """
+    seeds, retries = len(config.get("seeds") or [0]), int(config.get("retries") or 0)
+    ok = Counter(r["recipe_hash"] for r in rows if r["status"] == "ok")
+    failed = [r for r in rows if r["status"] != "ok"]
+    final = {r["recipe_hash"] for r in failed if r["status"] not in INFRASTRUCTURE or r["attempts"] > retries}
+    return len(final | {recipe for recipe, count in ok.items() if count >= seeds})
 
 
 def for_people(row: dict[str, Any]) -> dict[str, Any]:
@@ -48,6 +81,7 @@ def for_people(row: dict[str, Any]) -> dict[str, Any]:
         "state": row["state"],
         "trials": f"{row['done']}/{row['budget']}",
         "running": row["running"],
+        "waiting": row["waiting"],
         "feasible": row["feasible"],
         "failed": format_failures(row["failed"]),
         "hypervolume": row["hypervolume"],

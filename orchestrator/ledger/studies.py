@@ -22,7 +22,10 @@ def find_storage(storage: str | Path) -> Storage:
     Raises:
         StorageError: the path is a file, or leads through one.
     """
-    store = open_storage(storage)
+    try:
+        store = open_storage(storage)
+    except ValueError as error:
+        raise StorageError(str(error)) from None
     root = store.local("")
     file = next((p for p in (root, *root.parents) if p.exists() and not p.is_dir()), None) if root is not None else None
     if file is not None:
@@ -37,12 +40,33 @@ def study_names(storage: Storage) -> list[str]:
     return [n for n in storage.folders("") if storage.exists(f"{n}/study.json")]
 
 
+def find_damaged(name: str, storage: str | Path) -> Storage:
+    """Returns the storage that holds a study, whatever state its files are in.
+
+    Raises:
+        StudyNotFound, StorageError: as :func:`open_ledger` does.
+    """
+    store = find_storage(storage)
+    try:
+        there = any(store.files(f"{name}/{folder}".rstrip("/")) for folder in ("", "ledger", "attempts"))
+    except ValueError:  # a name that leaves the storage
+        there = False
+    if not there or not name:
+        raise _not_found(name, store)
+    return store
+
+
+def _not_found(name: str, store: Storage) -> StudyNotFound:
+    known = ", ".join(study_names(store)[:10]) or "none"
+    return StudyNotFound(f"there is no study {name!r} in {store.url}; studies there: {known}")
+
+
 def open_ledger(name: str, storage: str | Path = "results") -> Ledger:
     """Opens the ledger of a study for reading, with the study's own constraints and context.
 
     Args:
         name: of the study.
-        storage: folder or fsspec URL of the results.
+        storage: folder or URL of an object store of the results.
 
     Raises:
         StudyNotFound: there is no such study.
@@ -55,6 +79,5 @@ def open_ledger(name: str, storage: str | Path = "results") -> Ledger:
     except ValueError:  # a name that leaves the storage
         stored = None
     if stored is None:
-        known = ", ".join(study_names(store)[:10]) or "none"
-        raise StudyNotFound(f"there is no study {name!r} in {store.url}; studies there: {known}")
+        raise _not_found(name, store)
     return Ledger(store, name, stored["config"]["constraints"], stored["context"])

@@ -77,6 +77,7 @@ class Report:
         history: (trials, microseconds since the epoch, hypervolume) of each snapshot of the frontier.
         techniques: ``technique``, ``recipes`` that use it, those ``certain``, ``volume`` of the frontier without them.
         volume: hypervolume of the frontier over ``objectives``, baseline-relative; None where it has no unit.
+        said_of_data: what is done to images, what of the data is not used, and warnings of it.
         failures: ``status``, ``count``, ``reasons``: ``text``, ``count`` and the ``trial`` of an example.
     """
 
@@ -95,6 +96,7 @@ class Report:
     techniques: list[dict[str, Any]] = field(default_factory=list)
     volume: float | None = None
     failures: list[dict[str, Any]] = field(default_factory=list)
+    said_of_data: list[str] = field(default_factory=list)
 
     @property
     def baseline(self) -> Candidate | None:

@@ -68,9 +68,17 @@ def read_report(ledger: Ledger, objectives: Sequence[str] | None = None) -> Repo
         parameters=searched_numbers(searched),
         history=history(ledger),
         failures=failure_classes(trials),
+        said_of_data=_said_of_data(record),
     )
     report.volume, report.techniques = contributions(report)
     return report
+
+
+def _said_of_data(record: Mapping[str, Any]) -> list[str]:
+    """Returns warnings and notes; none where the study is older than these."""
+    said = record.get("data")
+    found = said if isinstance(said, Mapping) else {}
+    return [*(f"Warning: {text}" for text in found.get("warnings", ())), *map(str, found.get("notes", ()))]
 
 
 # --- candidates -------------------------------------------------------------------------------------------------------
@@ -121,10 +129,17 @@ def _reported(ledger: Ledger) -> dict[str, dict[str, float]]:
     for row in rows:
         if row["kind"] == "accuracy_report":
             stated = json.loads(row["conditions"] or "{}")
-            name, bounds = f"report_{metric_of(stated)}", (stated.get("wilson_low_pct"), stated.get("wilson_high_pct"))
+            name, bounds = (
+                f"report_{metric_of(stated)}",
+                map(_number, map(stated.get, ("wilson_low_pct", "wilson_high_pct"))),
+            )
             columns = dict(zip((name, f"{name}_low", f"{name}_high"), (row["value"], *bounds), strict=True))
             found.setdefault(row["trial_id"], {}).update(columns)
     return found
+
+
+def _number(value: object) -> float | None:
+    return value if isinstance(value, int | float) else None
 
 
 def _with_trials(row: Row, trials: Sequence[Row], reported: Mapping[str, Mapping[str, float]]) -> Row:

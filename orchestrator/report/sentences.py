@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import PurePath
 from typing import Any
 
 from orchestrator.ledger.status import format_failures
@@ -129,7 +130,9 @@ def facts(report: Report, made_at: datetime, version: str) -> list[tuple[str, st
     limits = config.get("constraints") or []
     found = [
         ("Model", model_text(config.get("model", {}))),
+        ("Weights", "; ".join(report.conditions.get("weights") or ())),
         ("Data", _data_text(config.get("data", {}), report.conditions)),
+        ("Of the data", "; ".join(report.said_of_data)),
         ("Device", report.device_name),
         ("Trials", f"{status['done']} of {status['budget']} done, failed: {format_failures(status['failed'])}"),
         ("Constraints", ", ".join(limits) or "none"),
@@ -144,14 +147,20 @@ _FAMILIES = {"vilt": "ViLT", "meter": "METER"}
 
 
 def model_text(model: dict[str, Any]) -> str:
-    """Returns a study's model in a few words: family, name, and the settings that the study changes."""
-    made, family = model.get("create"), model.get("family", "timm")
-    if family != "timm":
-        changed = ", ".join(f"{key} {value}" for key, value in (made or {}).items())
-        return ", ".join(filter(None, [_FAMILIES.get(family, family), model.get("name"), changed]))
-    if made:
-        return f"ViT, width {made['width']}, depth {made['depth']}, {made['heads']} heads, patch {made['patch']}"
-    return f"{model.get('name') or ''}{', pretrained' if model.get('pretrained') else ''}"
+    """Returns a study's model in a few words: family, name, the settings that the study changes, and whose weights it has."""
+    made, family = model.get("create") or {}, model.get("family", "timm")
+    weights = f"weights of {PurePath(model['checkpoint']).name}" if model.get("checkpoint") else ""
+    changed = [f"{key} {value}" for key, value in (model.get("options") or {}).items()]
+    if family not in ("timm", "hf_vit"):
+        changed = [f"{key} {value}" for key, value in made.items()]
+        parts = [_FAMILIES.get(family, family), model.get("name"), *changed]
+    elif made:
+        shape = f"width {made['width']}, depth {made['depth']}, {made['heads']} heads, patch {made['patch']}"
+        parts = ["ViT", shape, *changed, weights]
+    else:
+        name = "ViT of transformers" if family == "hf_vit" else model.get("name")
+        parts = [name, *changed, "pretrained" if model.get("pretrained") else weights]
+    return ", ".join(part for part in parts if part)
 
 
 def _data_text(data: dict[str, Any], conditions: Any) -> str:

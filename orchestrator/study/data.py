@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from orchestrator.study.scalars import Natural, Positive, broken
+from orchestrator.study.scalars import Positive, Seed, broken
 from workers.tasks import KINDS, TEXT_DEFAULTS, DataKind
 
 
@@ -44,8 +44,9 @@ class DataSection(Section):
     kind: Annotated[str, BeforeValidator(_known_kind)]
     path: str | None = None
     image_size: Positive | None = None
+    channels: Literal[1, 3] | None = None
     search_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    split_seed: Natural = 0
+    split_seed: Seed = 0
     train_limit: Positive | None = None
     search_limit: Positive | None = None
     report_limit: Positive | None = None
@@ -56,6 +57,10 @@ class DataSection(Section):
     tokenizer: str | None = TEXT_DEFAULTS["tokenizer"]
     answers: Annotated[int | str, BeforeValidator(_answers)] = TEXT_DEFAULTS["answers"]
     candidates: Annotated[int, Field(ge=2)] = TEXT_DEFAULTS["candidates"]
+
+    def unsaid(self) -> set[str]:
+        """Returns keys that are newer than the first studies and count only where they are said: ids of trials stay."""
+        return {"channels"} if self.channels is None else set()
 
 
 VISION_LANGUAGE_KEYS = tuple(TEXT_DEFAULTS)

@@ -6,6 +6,8 @@ on after a fault, so that one reading finds them all.
 
 from __future__ import annotations
 
+import os
+import re
 import zipfile
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -16,8 +18,14 @@ from orchestrator.study.yaml_lines import ABSENT, Fault, nearest
 from workers.measuring.protocols import SEEDS
 from workers.metrics import OBJECTIVES
 
-_PLAIN_VITS = ("vision_transformer", "deit")
+_PLAIN_VITS = ("vision_transformer", "deit", "eva", "beit")
 """Modules of timm that hold them."""
+
+HUB, LOCAL = "hf-hub:", "local-dir:"
+SOURCES = (HUB, LOCAL)
+"""Begin the names of models that timm takes from elsewhere than its own list."""
+
+_REPOSITORY = re.compile(r"hf-hub:[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 _RELATIVE = "paths are relative to the study file, then to the working directory"
 
@@ -61,7 +69,7 @@ def objective_places(objectives: object) -> list[tuple[str, str, object]]:
 def model_name_faults(model: object) -> list[Fault]:
     """Judges a timm name: what is compressed here is a plain vision transformer."""
     name = model.get("name") if isinstance(model, Mapping) and model.get("family", "timm") == "timm" else None
-    if not isinstance(name, str) or name.startswith(("hf-hub:", "hf_hub:")):
+    if not isinstance(name, str) or name.startswith(SOURCES):
         return []
     import timm
 
@@ -70,18 +78,46 @@ def model_name_faults(model: object) -> list[Fault]:
         return []
     rule = "must be a plain vision transformer" if timm.is_model(name) else "must be a timm model"
     near = get_close_matches(name, known, n=1)
-    return [Fault("model.name", rule, name, f"did you mean {near[0]}?" if near else "vit_* or deit_* of timm")]
+    return [
+        Fault("model.name", rule, name, f"did you mean {near[0]}?" if near else "vit_*, deit_*, eva* or beit* of timm")
+    ]
+
+
+def folder_faults(model: object) -> list[Fault]:
+    """Judges whether a folder that says what the model is can be read and is one of its kind."""
+    if not isinstance(model, Mapping):
+        return []
+    name, checkpoint = model.get("name"), model.get("checkpoint")
+    named = isinstance(name, str) and name.startswith(SOURCES)
+    if isinstance(name, str) and name.startswith(HUB) and not _REPOSITORY.fullmatch(name):
+        return [Fault("model.name", "must be hf-hub:owner/name, with @revision where one is meant", name, "")]
+    place = name if named else checkpoint if model.get("family") == "hf_vit" else None
+    if not isinstance(place, str) or place.startswith(HUB):
+        return []  # fetched when the study's context is made
+    where = "model.name" if named else "model.checkpoint"
+    if not os.path.isdir(place.removeprefix(LOCAL)):
+        return [Fault(where, "must be a folder that exists", place, _RELATIVE)]
+    from workers.models import ModelError, sources  # import torch
+
+    try:
+        sources.resolve({**model, "create": {}})
+    except ModelError as error:
+        return [Fault(where, f"must be a folder of a model that can be read: {error}", place, "see docs/your-model.md")]
+    return []
 
 
 def checkpoint_faults(checkpoint: object) -> list[Fault]:
     """Judges whether a checkpoint can be read without running code; whether it fits the model is the model's matter."""
     if not isinstance(checkpoint, str):
         return []
+    where = "model.checkpoint"
+    if checkpoint.startswith(HUB):
+        return []  # fetched when the study's context is made
+    path = Path(checkpoint)
+    if not os.path.exists(path):  # which takes names that no file can have, as Path.exists does not
+        return [Fault(where, "must be a file or folder that exists", checkpoint, _RELATIVE)]
     from workers.models import ModelError, local_weights  # import torch
 
-    path, where = Path(checkpoint), "model.checkpoint"
-    if not path.exists():
-        return [Fault(where, "must be a file or folder that exists", checkpoint, _RELATIVE)]
     try:
         for file in local_weights.files(path):
             _open_checkpoint(file)
@@ -123,8 +159,8 @@ def data_faults(data: object, *, must_exist: bool = True) -> list[Fault]:
         return [Fault("data.path", f"must be left out for kind {kind.name}", path, kind.path_remedy)]
     if isinstance(path, str) and "://" in path:
         return [Fault("data.path", "must be a path, not a URL", path, "mount it, or copy it to the nodes")]
-    fetched = kind is not None and kind.path == "fetched"
-    if must_exist and isinstance(path, str) and not fetched and not Path(path).exists():
+    fetched = kind is not None and (kind.path == "fetched" or kind.is_name(path))
+    if must_exist and isinstance(path, str) and not fetched and not os.path.exists(path):
         return [Fault("data.path", "must exist", path, _RELATIVE)]
     return []
 

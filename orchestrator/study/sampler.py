@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, ValidationError
 
 from orchestrator.study.data import Section
-from orchestrator.study.scalars import SAMPLER_GROUP, Natural, Positive, sampler_name
+from orchestrator.study.scalars import SAMPLER_GROUP, Natural, Positive, Seed, sampler_name
 from orchestrator.study.yaml_lines import Fault, nearest
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -19,7 +19,7 @@ class SamplerSection(Section):
     """``options`` go to the sampler as keyword arguments."""
 
     name: Annotated[str, AfterValidator(sampler_name)] = "tpe"
-    seed: Natural = 0
+    seed: Seed = 0
     n_startup_trials: Positive = 10
     population_size: Annotated[int, Field(ge=2)] = 50
     options: dict[str, Any] = Field(default_factory=dict)
@@ -28,7 +28,7 @@ class SamplerSection(Section):
 class _Options(Section):
     """Arguments of one sampler that a file can hold; None leaves Optuna's default. Those that are functions are left out."""
 
-    seed: Natural | None = None
+    seed: Seed | None = None
 
 
 class _TpeOptions(_Options):

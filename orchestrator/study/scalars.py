@@ -18,6 +18,9 @@ SAMPLERS = ("tpe", "nsga2", "random")
 SAMPLER_GROUP = "vitpareto.samplers"
 """Entry point group through which other packages add samplers by name."""
 
+RESERVED = "stages"
+"""The folder at the top of a storage that is no study, in any case of letters."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _QUANTITY = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*")
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
@@ -39,6 +42,11 @@ def study_name(text: str) -> str:
         raise broken(
             "must be 1 to 64 letters, digits, '.', '_' or '-', start with a letter or digit and hold no '..'",
             f"for example {cleaned}",
+        )
+    if text.lower() == RESERVED:
+        raise broken(
+            f"must not be {RESERVED}: the storage keeps the models of all studies in a folder of that name",
+            f"for example my-{text}",
         )
     return text
 
@@ -105,5 +113,10 @@ def step(value: object) -> object:
 Parameters = Annotated[dict[str, Any], BeforeValidator(empty_for_null)]
 RecipeStep = Annotated[dict[str, Parameters], BeforeValidator(step), Field(min_length=1, max_length=1)]
 Duration = Annotated[float, BeforeValidator(duration_s), Field(gt=0)]
-Positive = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+MOST = 10**9
+"""No count of a study is higher: larger ones are mistakes, and some would wrap around."""
+
+Positive = Annotated[int, Field(ge=1, le=MOST)]
+Natural = Annotated[int, Field(ge=0, le=MOST)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+"""What NumPy, and with it Optuna's samplers, takes."""

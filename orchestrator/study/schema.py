@@ -10,13 +10,12 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
 
 from orchestrator.study.constraints import Constraint, parse
 from orchestrator.study.data import VISION_LANGUAGE_KEYS, DataSection, Section
+from orchestrator.study.model import VISION_LANGUAGE, ModelSection
 from orchestrator.study.sampler import SamplerSection
 from orchestrator.study.scalars import (
     Duration,
@@ -24,6 +23,7 @@ from orchestrator.study.scalars import (
     Parameters,
     Positive,
     RecipeStep,
+    Seed,
     broken,
     constraint,
     directions,
@@ -38,97 +38,7 @@ from workers.trial import Context, Recipe, Step
 if TYPE_CHECKING:
     from workers.model_info import ModelInfo
 
-VISION_LANGUAGE = ("vilt", "meter")
-"""Families of models that see images with texts."""
-
 # --- sections ---------------------------------------------------------------------------------------------------------
-
-
-class CreateSection(Section):
-    """A ViT to build and train: ``width`` is the embedding size, ``patch`` in pixels, ``registers`` more prefixes."""
-
-    width: Positive = 64
-    depth: Positive = 4
-    heads: Positive = 4
-    patch: Positive = 2
-    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
-    registers: Natural = 0
-    pos_embed_std: Annotated[float, Field(gt=0)] | None = None
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
-        if self.width % self.heads:
-            raise broken("width must be a multiple of heads", f"width {self.width}, heads {self.heads}")
-        return self
-
-    def timm_arguments(self) -> dict[str, Any]:
-        """Returns the arguments of timm's VisionTransformer; ``pos_embed_std`` is our own and left out where unset."""
-        arguments: dict[str, Any] = {
-            "embed_dim": self.width,
-            "depth": self.depth,
-            "num_heads": self.heads,
-            "patch_size": self.patch,
-            "mlp_ratio": self.mlp_ratio,
-            "reg_tokens": self.registers,
-        }
-        return arguments if self.pos_embed_std is None else arguments | {"pos_embed_std": self.pos_embed_std}
-
-
-class ModelSection(Section):
-    """Which model: a timm name, or ``create``; of a vision-language family a name, settings that differ from its, or both.
-
-    The settings of those families are those of a class that is expensive to import: :mod:`orchestrator.study.tasks` judges them.
-    """
-
-    family: Literal["timm", "vilt", "meter"] = "timm"
-    name: str | None = None
-    create: CreateSection | dict[str, Any] | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
-    pretrained: bool = False
-    checkpoint: str | None = None
-    train: bool = True
-
-    @model_validator(mode="before")
-    @classmethod
-    def _train_what_has_no_weights(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and "train" not in values:
-            return {**values, "train": not (values.get("pretrained") or values.get("checkpoint"))}
-        return values
-
-    @field_validator("create", mode="before")
-    @classmethod
-    def _by_family(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, Mapping):
-            return value if info.data.get("family") in VISION_LANGUAGE else CreateSection.model_validate(value)
-        if value is None or isinstance(value, CreateSection):
-            return value
-        raise broken("must be a mapping of settings", "for example {depth: 4}")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if self.family in VISION_LANGUAGE:
-            if self.name is None and self.create is None:
-                raise broken("must have a name, create, or both", f"name: {self.family}_tiny")
-            if self.options:
-                raise broken("options are arguments of timm's", "use create")
-        else:
-            if (self.name is None) == (self.create is None):
-                raise broken(
-                    "must have either name or create", "name: vit_tiny_patch16_224, or create: {width: 64, depth: 4}"
-                )
-            if self.create is not None and (self.pretrained or self.options):
-                raise broken("pretrained and options need a timm name", "use name instead of create")
-        if self.pretrained and self.checkpoint is not None:
-            raise broken("must not have both pretrained and checkpoint", "remove one of them")
-        if not (self.train or self.pretrained or self.checkpoint is not None):
-            raise broken("must be trained, pretrained or loaded from a checkpoint", "remove `train: false`")
-        return self
-
-    def settings(self) -> dict[str, Any]:
-        """Returns what a worker builds the model with, besides its name."""
-        if isinstance(self.create, CreateSection):
-            return self.create.timm_arguments()
-        return dict(self.options if self.create is None else self.create)
 
 
 class RecoverySettings(Section):
@@ -177,7 +87,7 @@ class BaselineSettings(RecoverySettings):
 
     epochs: Positive = 20
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    seed: Natural = 0
+    seed: Seed = 0
 
 
 class TrainingSection(Section):
@@ -190,7 +100,7 @@ class ResourcesSection(Section):
 
     cpus: Positive = 1
     gpus: Annotated[float, Field(ge=0)] = 0.0
-    memory: Annotated[int, BeforeValidator(size_bytes), Field(gt=0)] | None = None
+    memory: Annotated[int, BeforeValidator(size_bytes), Field(gt=0, le=10**15)] | None = None
     max_concurrent: Positive | None = None
 
 
@@ -269,7 +179,7 @@ class StudyConfig(Section):
     max_techniques: Positive = 3
     recipes: list[Annotated[list[RecipeStep], Field(min_length=1)]] = Field(default_factory=list)
     sampler: SamplerSection = SamplerSection()
-    seeds: Annotated[list[Natural], AfterValidator(distinct), Field(min_length=1)]
+    seeds: Annotated[list[Seed], AfterValidator(distinct), Field(min_length=1)]
     resources: ResourcesSection = ResourcesSection()
     trials: Positive = 16
     budget: BudgetSection = BudgetSection()
@@ -320,29 +230,28 @@ class StudyConfig(Section):
         Raises:
             OSError, ValueError: the data or the checkpoint cannot be read.
         """
-        from workers.models import checkpoint_digest  # these import torch
+        from workers import tasks  # these import torch
+        from workers.models import checkpoint_digest
+        from workers.models.sources import head_rows
         from workers.tasks import data_digest
         from workers.tasks.answers import vocabulary_digest
         from workers.tasks.tokenisers import folder_fingerprint
 
-        checkpoint = self.model.checkpoint
         unused = set() if self.model.family in VISION_LANGUAGE else set(VISION_LANGUAGE_KEYS)
-        data = self.data.model_dump(mode="json", exclude=unused)
+        data = self.data.model_dump(mode="json", exclude=unused | self.data.unsaid())
         if isinstance(answers := data.get("answers"), str):
             data["answers"] = {"path": answers, "digest": vocabulary_digest(Path(answers))}
         if (tokenizer := data.get("tokenizer")) is not None and (found := folder_fingerprint(tokenizer)):
             data["tokenizer"] = {"path": tokenizer, "digest": found}
+        data["digest"] = data_digest(data)
+        model, origin = self.model.resolved()
+        checkpoint = model["checkpoint"]
+        model["checkpoint_digest"] = checkpoint_digest(checkpoint) if checkpoint is not None else None
+        if origin.labels and (rows := head_rows(origin.labels, tasks.info(data).class_names)):
+            model["head_rows"] = rows
         return Context(
-            model={
-                "family": self.model.family,
-                "name": self.model.name,
-                "pretrained": self.model.pretrained,
-                "checkpoint": checkpoint,
-                "checkpoint_digest": checkpoint_digest(checkpoint) if checkpoint is not None else None,
-                "create": self.model.settings(),
-                "train": self.model.train,
-            },
-            data={**data, "digest": data_digest(data)},
+            model=model,
+            data=data,
             training=self.training.model_dump(mode="json"),
             measurement=self.measurement.model_dump(mode="json"),
             device=self.device,

@@ -11,110 +11,22 @@ from __future__ import annotations
 
 import math
 import random
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
+from orchestrator.study.axes import Axis, Grid, Suggest, axis, config_at, count
 from workers.techniques import composition
 from workers.techniques.record import ModelInfo, make_config
 from workers.trial import Recipe, Step
 
-Key = TypeVar("Key")
-
 NONE = "none"
 PROBES = 2000
 """Configs of one technique that are tried before it counts as infeasible; all of them where there are no more."""
-
-
-class Suggest(Protocol):
-    """Who answers: a sampler, a random source, or a recipe that is already known."""
-
-    def categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        """Returns one of ``choices``."""
-
-    def integer(self, name: str, low: int, high: int, step: int) -> int:
-        """Returns ``low`` plus a multiple of ``step``, at most ``high``."""
-
-    def floating(self, name: str, low: float, high: float, step: float) -> float:
-        """Returns ``low`` plus a multiple of ``step``, at most ``high``."""
-
-
-# --- what one parameter may be ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Choices:
-    """One of ``values``; a single one is fixed and never asked for."""
-
-    values: tuple[Any, ...]
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.values[index]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.values)
-
-    def ask(self, name: str, suggest: Suggest) -> Any:
-        return self.values[0] if len(self) == 1 else suggest.categorical(name, self.values)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """``low``, ``low + step``, ... ``high``; of integers where all three are."""
-
-    low: float
-    high: float
-    step: float
-
-    @property
-    def integral(self) -> bool:
-        return all(isinstance(x, int) for x in (self.low, self.high, self.step))
-
-    def __len__(self) -> int:
-        return math.floor((self.high - self.low) / self.step + 1e-6) + 1
-
-    def __getitem__(self, index: int) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        value = self.low + index * self.step
-        return value if self.integral else round(float(value), 10)  # one float for each point: equal recipes are equal
-
-    def __iter__(self) -> Iterator[Any]:
-        return (self[index] for index in range(len(self)))
-
-    def ask(self, name: str, suggest: Suggest) -> Any:
-        last = self[len(self) - 1]
-        if len(self) == 1:
-            return last
-        if self.integral:
-            return suggest.integer(name, int(self.low), int(last), int(self.step))
-        value = suggest.floating(name, float(self.low), last, float(self.step))
-        return self[min(max(round((value - self.low) / self.step), 0), len(self) - 1)]
-
-
-Axis = Choices | Grid
-
-
-def axis(spec: Any) -> Axis:
-    """Returns what a resolved study says of one parameter: a list of values, or ``{"low", "high", "step"}``."""
-    return Grid(**spec) if isinstance(spec, Mapping) else Choices(tuple(spec))
-
-
-def _config_at(axes: Mapping[Key, Axis], index: int) -> dict[Key, Any]:
-    """Returns the config with this number, counting through the axes."""
-    config = {}
-    for name, values in axes.items():
-        index, here = divmod(index, len(values))
-        config[name] = values[here]
-    return config
-
-
-def _count(axes: Mapping[Any, Axis]) -> int:
-    return math.prod(map(len, axes.values()))
 
 
 # --- feasibility ------------------------------------------------------------------------------------------------------
@@ -122,34 +34,75 @@ def _count(axes: Mapping[Any, Axis]) -> int:
 
 def fault(recipe: Recipe, info: ModelInfo) -> str | None:
     """Returns why the recipe cannot be carried out on this model and device, or None; steps see those before them."""
-    from workers.techniques import registry  # imports torch
-
-    reason = composition.fault(recipe.techniques, info.family) or composition.environment_fault(recipe.techniques, info)
-    if reason:
+    if reason := _order_fault(recipe.techniques, info):
         return reason
     for step in recipe.steps:
-        technique = registry()[step.technique]
-        if info.family not in technique.models:
-            return f"{step.technique}: works on models of family {', '.join(technique.models)}, not on {info.family}"
-        try:
-            config = make_config(technique.Config, step.config)
-        except ValueError as error:  # values that are each allowed and contradict one another
-            return f"{step.technique}: {error}"
-        if reason := technique.check(info, config):
+        reason, info = _judge(step.technique, step.config, info)
+        if reason:
             return f"{step.technique}: {reason}"
-        info = technique.info_after(info, config)
     return None
+
+
+def _order_fault(names: Sequence[str], info: ModelInfo) -> str | None:
+    return composition.fault(names, info.family) or composition.environment_fault(names, info)
+
+
+def _judge(name: str, values: Mapping[str, Any], info: ModelInfo) -> tuple[str | None, ModelInfo]:
+    """Returns why one step cannot be carried out, or None; and what the steps after it see."""
+    from workers.techniques import registry  # imports torch
+
+    technique = registry()[name]
+    if info.family not in technique.models:
+        return f"works on models of family {', '.join(technique.models)}, not on {info.family}", info
+    try:
+        config = make_config(technique.Config, values)
+    except ValueError as error:  # values that are each allowed and contradict one another
+        return str(error), info
+    reason = technique.check(info, config)
+    return reason, info if reason else technique.info_after(info, config)
 
 
 def _never_feasible(name: str, axes: Mapping[str, Axis], info: ModelInfo) -> str | None:
     """Returns a reason that holds against every config of a technique, or None if one of them can be carried out."""
-    total = _count(axes)
+    total = count(axes)
     indices = range(total) if total <= PROBES else random.Random(0).sample(range(total), PROBES)
-    reasons = (fault(Recipe((Step(name, _config_at(axes, i)),)), info) for i in indices)
+    reasons = (fault(Recipe((Step(name, config_at(axes, i)),)), info) for i in indices)
     first = next(reasons)
     if first is None or any(reason is None for reason in reasons):
         return None
     return f"{first} (and so for every other value searched)" if total > 1 else first
+
+
+@dataclass(frozen=True)
+class Hindered:
+    """A technique of which a model takes some configs only.
+
+    Attributes:
+        infeasible: configs that cannot be carried out, of ``tried``: all there are, or as many of them as :data:`PROBES`.
+        reason: the commonest, of one of them.
+    """
+
+    technique: str
+    infeasible: int
+    tried: int
+    reason: str
+
+
+def _hindered(name: str, axes: Mapping[str, Axis], info: ModelInfo) -> Hindered | None:
+    total = count(axes)
+    indices = range(total) if total <= PROBES else random.Random(0).sample(range(total), PROBES)
+    found = [fault(Recipe((Step(name, config_at(axes, i)),)), info) for i in indices]
+    reasons = [reason for reason in found if reason is not None]
+    if not reasons or len(reasons) == len(found):
+        return None
+    commonest = Counter(_without_values(reason) for reason in reasons).most_common(1)[0][0]
+    example = next(reason for reason in reasons if _without_values(reason) == commonest)
+    return Hindered(name, len(reasons), len(found), example.removeprefix(f"{name}: "))
+
+
+def _without_values(reason: str) -> str:
+    """Returns what a reason has in common with those of other values."""
+    return re.sub(r"\d+(\.\d+)?", "", reason)
 
 
 # --- the space --------------------------------------------------------------------------------------------------------
@@ -235,14 +188,14 @@ class SearchSpace:
 
     def size(self) -> int:
         """Returns the exact number of distinct recipes, those that :meth:`fault` rejects by their values included."""
-        return sum(len(self._legal_orders(s)) * math.prod(_count(self._axes[t]) for t in s) for s in self._sets())
+        return sum(len(self._legal_orders(s)) * math.prod(count(self._axes[t]) for t in s) for s in self._sets())
 
     def enumerate(self) -> Iterator[Recipe]:
         """Yields every recipe once, lazily."""
         for order in (order for drawn in self._sets() for order in self._legal_orders(drawn)):
             axes = {(t, p): a for t in order for p, a in self._axes[t].items()}
-            for index in range(_count(axes)):
-                values = _config_at(axes, index)
+            for index in range(count(axes)):
+                values = config_at(axes, index)
                 yield Recipe(tuple(Step(t, {p: values[t, p] for p in self._axes[t]}) for t in order))
 
     def excluded(self) -> list[tuple[tuple[str, ...], str]]:
@@ -250,6 +203,12 @@ class SearchSpace:
         single = [((name,), reason) for name, reason in self._infeasible.items()]
         pairs = composition.conflicts(self._named, self._model_family)
         return [*single, *(((a, b), v.reason) for a, b, v in pairs)]
+
+    def hindered(self) -> list[Hindered]:
+        """Returns the techniques that are searched and of which some configs are infeasible on this model."""
+        info = self.info
+        found = [_hindered(name, axes, info) for name, axes in self._axes.items()] if info else []
+        return [one for one in found if one]
 
     def fault(self, recipe: Recipe, info: ModelInfo | None = None) -> str | None:
         """Returns why the recipe cannot be carried out, or None; a searcher marks it infeasible without running it.
@@ -261,10 +220,38 @@ class SearchSpace:
         return fault(recipe, info) if info else composition.fault(recipe.techniques, self._model_family)
 
     def count_infeasible(self, limit: int = 20_000) -> int | None:
-        """Returns how many recipes :meth:`fault` rejects, or None where the space has more than ``limit`` of them."""
-        if self.size() > limit:
+        """Returns how many recipes :meth:`fault` rejects, or None where more than ``limit`` configs must be looked at.
+
+        Recipes that begin alike, or leave the same facts of the model, are looked at once.
+        """
+        info, seen = self.info, 0
+        if info is None:
+            return 0
+
+        @cache
+        def rejected(names: tuple[str, ...], info: ModelInfo) -> int:
+            nonlocal seen
+            (name, *rest), total = names, 0
+            below = math.prod(count(self._axes[t]) for t in rest)
+            for index in range(count(self._axes[name])):
+                if (seen := seen + 1) > limit:
+                    raise _TooMany
+                reason, after = _judge(name, config_at(self._axes[name], index), info)
+                total += below if reason else rejected(tuple(rest), after) if rest else 0
+            return total
+
+        orders = (order for drawn in self._sets() for order in self._legal_orders(drawn))
+        try:
+            return sum(
+                math.prod(count(self._axes[t]) for t in order) if _order_fault(order, info) else rejected(order, info)
+                for order in orders
+            )
+        except _TooMany:
             return None
-        return sum(self.fault(recipe) is not None for recipe in self.enumerate())
+
+
+class _TooMany(Exception):
+    pass
 
 
 def _choose(suggest: Suggest, prefix: str, labels: list[str]) -> str:

@@ -9,14 +9,13 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_type_hints
-
-from pydantic import TypeAdapter, ValidationError
+from typing import Any
 
 from orchestrator.study.constraints import DROPS, ConstraintError, parse
 from orchestrator.study.data import VISION_LANGUAGE_KEYS, DataSection, kind_of
 from orchestrator.study.faults import objective_places
 from orchestrator.study.yaml_lines import Fault, nearest
+from workers import model_settings
 from workers.metrics import ACCURACIES, METRICS
 from workers.tasks import IMAGES, TaskError
 
@@ -38,8 +37,6 @@ _OF_DATA = {
 }
 """Settings that a model takes from the data, and where a study says them."""
 
-_FROM_ZERO = ("patch_seed", "dropout")
-
 
 def task_of(data: object) -> str | None:
     """Returns the task of a data section; None where it names no known kind."""
@@ -48,9 +45,9 @@ def task_of(data: object) -> str | None:
 
 
 def family_of(model: object) -> str:
-    """Returns the family of a model section."""
+    """Returns the family of a model section; hf_vit, which names weights, is a model of timm's."""
     family = model.get("family") if isinstance(model, Mapping) else None
-    return family if isinstance(family, str) else "timm"
+    return family if isinstance(family, str) and family != "hf_vit" else "timm"
 
 
 def accuracies_of(task: str) -> tuple[str, ...]:
@@ -76,6 +73,31 @@ def data_key_faults(data: object) -> list[Fault]:
             faults.append(
                 Fault(f"data.{key}", f"must be left out: it is for {what}", data[key], f"the kind is {data['kind']}")
             )
+    return faults
+
+
+def channel_faults(data: object) -> list[Fault]:
+    """Judges keys that say something of each channel: how many there are, and in which units mean and deviation are."""
+    kind = kind_of(data)
+    if kind is None or not isinstance(data, Mapping):
+        return []
+    faults = []
+    if kind.task != IMAGES and data.get("channels") is not None:
+        rule = "must be left out: pictures with texts have 3"
+        faults.append(Fault("data.channels", rule, data["channels"], f"the kind is {kind.name}"))
+    for key in ("mean", "std"):
+        values = data.get(key)
+        numbers = isinstance(values, list) and all(isinstance(one, int | float) for one in values)
+        if values is None or not isinstance(values, list) or not numbers:
+            continue
+        if not values or min(values) < 0 or max(values) > kind.white:
+            rule = f"must be from 0 (black) to {kind.white:g} (white), a value for each channel"
+            remedy = "leave it out: it is taken from the training images"
+            if kind.white == 1 and values and min(values) >= 0 and max(values) <= 255:
+                remedy = f"divided by 255: [{', '.join(f'{one / 255:.4f}' for one in values)}]"
+            faults.append(Fault(f"data.{key}", rule, values, remedy))
+        elif data.get("channels") in (1, 3) and len(values) != data["channels"]:
+            faults.append(Fault(f"data.{key}", f"must have {data['channels']} values, as data.channels says", values))
     return faults
 
 
@@ -148,7 +170,8 @@ def shape_faults(model: object, data: object) -> list[Fault]:
     task = task_of(data)
     if not faults and task in (None, IMAGES):
         return []
-    return faults or _contradictions(shape, {**named.get(name, {}), **create}, task, data, create or name)
+    standing = named.get(name, {}) if isinstance(name, str) else {}
+    return faults or _contradictions(shape, {**standing, **create}, task, data, create or name)
 
 
 def _name_faults(family: str, name: object, named: Mapping[str, Any], model: Mapping[str, Any]) -> list[Fault]:
@@ -163,31 +186,18 @@ def _name_faults(family: str, name: object, named: Mapping[str, Any], model: Map
 
 
 def _setting_faults(family: str, create: Mapping[str, Any], shape: type) -> list[Fault]:
-    hints = get_type_hints(shape)
+    settings = model_settings.SETTINGS[family]
     faults = []
     for key, value in create.items():
         where = f"model.create.{key}"
         if key in _OF_DATA:
             faults.append(Fault(where, "must be left out: the data says it", value, f"see {_OF_DATA[key]}"))
-        elif key not in hints:
-            known = [name for name in hints if name not in _OF_DATA]
+        elif key not in settings:
+            known = [name for name in settings if name not in _OF_DATA]
             faults.append(Fault(where, f"must be a setting of {family}", key, nearest(key, known)))
-        elif rule := _value_rule(hints[key], value, 0 if key in _FROM_ZERO else 1):
+        elif rule := settings[key].rule(value):
             faults.append(Fault(where, rule, value, f"the default is {_default(shape, key)!r}"))
     return faults
-
-
-def _value_rule(hint: Any, value: Any, least: int) -> str | None:
-    """Returns what a value of this type must be, None where it is that."""
-    try:
-        TypeAdapter(hint).validate_python(value, strict=True)
-    except ValidationError as error:
-        return error.errors()[0]["msg"].replace("Input should be", "must be")
-    if isinstance(value, bool) or value is None:
-        return None
-    if isinstance(value, int) and value < least:
-        return f"must be at least {least}"
-    return "must not be negative" if value < 0 else None
 
 
 def _default(shape: type, key: str) -> Any:
@@ -203,7 +213,8 @@ def _contradictions(
     side = data.get("image_size")
     standing = DataSection.model_fields["answers"].default
     answers = data.get("answers", standing) if task == "vqa" else None
-    answers = standing if isinstance(answers, str) else answers  # how many a file lists contradicts no other setting
+    if task == "vqa" and not isinstance(answers, int):  # how many a file lists contradicts no other setting
+        answers = standing
     facts = {"task": task, "num_classes": answers, "img_size": side if isinstance(side, int) else patch}
     try:
         shape(**{**settings, **facts})

@@ -6,11 +6,11 @@ a fault, so that one reading finds them all.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orchestrator.study.space import Axis, Grid, axis
+from orchestrator.study.axes import Axis, Grid, axis
 from orchestrator.study.yaml_lines import ABSENT, Fault, nearest
 from workers.techniques import composition
 from workers.techniques.record import Options, Range, defaults, domains
@@ -162,11 +162,12 @@ def _grid_faults(domain: Range | Options, spec: Mapping[str, Any], where: str) -
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Says whether ``value`` is a number to calculate with: the largest integers are none that a float could hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _whole(number: float) -> bool:
-    return abs(number - round(number)) < 1e-6
+    return abs(number) < 2**53 and abs(number - round(number)) < 1e-6
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
@@ -188,6 +189,8 @@ def resolve_recipes(
         named: the ``techniques`` section as it stands; steps of a technique that has a fault there are not judged.
         family: of the study's model, on which it depends what goes together.
     """
+    from workers.techniques import registry  # imports torch
+
     recipes, faults = [], []
     for index, steps in enumerate(given) if isinstance(given, list) else ():
         pairs = [_pair(step) for step in steps] if isinstance(steps, list) else []
@@ -198,7 +201,7 @@ def resolve_recipes(
         if isinstance(max_techniques, int) and 1 <= max_techniques < len(names):
             rule = f"must have at most max_techniques = {max_techniques} steps"
             found.append(Fault(f"recipes[{index}]", rule, names, "raise max_techniques"))
-        if not found and (reason := composition.fault(names, family)):
+        if not found and registry().keys() >= set(names) and (reason := composition.fault(names, family)):
             orders = composition.legal_orders(names, family)
             remedy = "a legal order is " + " -> ".join(orders[0]) if orders else "leave one of them out"
             found.append(Fault(f"recipes[{index}]", f"must be a legal combination: {reason}", names, remedy))
@@ -276,9 +279,9 @@ def _among(searched: Axis, domain: Range | Options, value: Any) -> Any:
 def _near(searched: Axis, value: Any) -> Any:
     """Returns the searched value nearest to ``value``; the first one where they have no distance."""
     values = list(searched)
-    if value in values or not isinstance(value, int | float):
+    if value in values or not _is_number(value):
         return value if value in values else values[0]
-    return min(values, key=lambda v: abs(v - value) if isinstance(v, int | float) else 0)
+    return min(values, key=lambda v: abs(v - value) if _is_number(v) else 0)
 
 
 def _says(searched: Axis) -> str:

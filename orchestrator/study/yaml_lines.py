@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
 import yaml
+
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 
 MAX_BYTES = 1 << 20
 """A study file is a page of text; a larger one is something else."""
@@ -63,7 +65,7 @@ def shorten(value: object, limit: int = 80) -> str:
 
 def nearest(name: object, known: Iterable[str]) -> str:
     """Returns the remedy for an unknown name: the nearest known one, else all of them."""
-    known = list(known)
+    known = list(map(str, known))
     near = get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else "known: " + ", ".join(known)
 
@@ -89,9 +91,7 @@ class _Loader(yaml.SafeLoader):
 
 
 # YAML 1.1 reads 1e-3 as text; people and YAML 1.2 read it as a number.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+_Loader.add_implicit_resolver(_FLOAT, re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
 def read(text: str, source: str) -> tuple[dict[str, Any], dict[str, int], list[Fault]]:
@@ -107,6 +107,9 @@ def read(text: str, source: str) -> tuple[dict[str, Any], dict[str, int], list[F
         raise StudyError(
             source, [Fault("", f"must be at most {MAX_BYTES} characters", len(text), "is this a study file?")]
         )
+    if found := yaml.reader.Reader.NON_PRINTABLE.search(text):
+        line, rule = text.count("\n", 0, found.start()) + 1, "must not hold control characters"
+        raise StudyError(source, [Fault("", rule, found.group(), "remove it; is this a text file?", line)])
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -145,8 +148,30 @@ def _yaml_fault(error: yaml.YAMLError) -> Fault:
     return Fault("", f"must be readable YAML: {problem}", ABSENT, "check the indentation and quotes there", line)
 
 
+_AMBIGUOUS = {
+    re.compile(r"[-+]?0[0-7_]+"): ("must not begin with a 0: YAML 1.1 reads {} as the octal number {}", "write {}"),
+    re.compile(r"[-+]?\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?"): (
+        "must not be written with colons: YAML 1.1 reads {} as the number {}",
+        "give a unit (90s, 30m, 2h), or quote what is text",
+    ),
+}
+"""Plain scalars that versions of YAML, and people, read differently; and what to write instead."""
+
+
+def _ambiguity(node: yaml.Node, at: tuple[str | int, ...]) -> Iterator[Fault]:
+    if not isinstance(node, yaml.ScalarNode) or node.style is not None or node.tag not in (_INT, _FLOAT):
+        return
+    for pattern, (rule, remedy) in _AMBIGUOUS.items():
+        if pattern.fullmatch(node.value):
+            meant = yaml.safe_load(node.value)
+            decimal = node.value.replace("_", "").lstrip("+-0") or "0"
+            line = node.start_mark.line + 1
+            yield Fault(path_text(at), rule.format(node.value, meant), ABSENT, remedy.format(decimal), line)
+
+
 def _walk(node: yaml.Node, at: tuple[str | int, ...], lines: dict[str, int], faults: list[Fault]) -> None:
-    """Notes the line of every path below ``node`` and the keys that stand twice."""
+    """Notes the line of every path below ``node``, the keys that stand twice, and values that are read differently."""
+    faults += _ambiguity(node, at)
     if isinstance(node, yaml.SequenceNode):
         for index, child in enumerate(node.value):
             lines[path_text((*at, index))] = child.start_mark.line + 1
@@ -155,6 +180,7 @@ def _walk(node: yaml.Node, at: tuple[str | int, ...], lines: dict[str, int], fau
         seen: set[str] = set()
         for key, child in node.value:
             here = (*at, str(key.value))
+            faults += _ambiguity(key, here)
             line = key.start_mark.line + 1
             if here[-1] in seen:
                 rule = f"must stand once; the first is on line {lines[path_text(here)]}"

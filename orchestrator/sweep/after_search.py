@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pyarrow.compute as pc
@@ -16,11 +17,15 @@ import ray
 from ray.exceptions import RayError
 
 from orchestrator.frontier import query
+from orchestrator.sweep import worker_tasks
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.state import Sweep
+from orchestrator.sweep.watch import Watch
 from workers.metrics import SPEED_OBJECTIVES
-from workers.run import run_remeasure, run_report
 from workers.trial import Recipe, TrialSpec
+
+WAIT_S = 1.0
+"""Seconds between two looks at a task's result."""
 
 log = logging.getLogger("vitpareto")
 
@@ -36,11 +41,17 @@ def remeasurable(sweep: Sweep) -> list[str]:
     return query.uncertain(sweep.ledger, list(objectives), list(objectives.values()))
 
 
-def remeasure(sweep: Sweep, most: int, progress: Progress) -> int:
+def remeasure(
+    sweep: Sweep, most: int, progress: Progress, where: Mapping[str, Any] | None = None, watch: Watch | None = None
+) -> int:
     """Measures undecided members of the frontier again, the least measured first, and returns how often.
 
     Args:
         most: measurements to spend; fewer are where the frontier is decided before.
+        where: options of Ray for a task that say on which nodes it may run.
+
+    Raises:
+        LeaseLost: another driver has taken the study over.
     """
     times: dict[str, int] = {}
     spent = 0
@@ -48,9 +59,10 @@ def remeasure(sweep: Sweep, most: int, progress: Progress) -> int:
         trial = min(undecided, key=lambda t: times.get(t, 0))  # of equals the first, which is the most undecided
         times[trial] = times.get(trial, 0) + 1
         spent += 1
+        _await_lease(sweep)
         progress.note(f"measuring undecided frontier members again, {spent} of at most {most}")
         try:
-            _remeasure_one(sweep, trial)
+            _remeasure_one(sweep, trial, where or {}, watch)
         except RayError as error:
             log.warning("%s was not measured again: %s", trial, error)
             if times[trial] > 1:
@@ -58,17 +70,13 @@ def remeasure(sweep: Sweep, most: int, progress: Progress) -> int:
     return spent
 
 
-def _remeasure_one(sweep: Sweep, trial: str) -> None:
+def _remeasure_one(sweep: Sweep, trial: str, where: Mapping[str, Any], watch: Watch | None) -> None:
     rows = sweep.ledger.attempts(["trial_id", "spec", "status", "recipe_hash"])
     row = rows.filter(pc.and_(pc.equal(rows["trial_id"], trial), pc.equal(rows["status"], "ok"))).to_pylist()[0]
     spec = replace(TrialSpec.from_dict(json.loads(row["spec"])), storage=sweep.storage_url, storage_token=sweep.token)
-    found: list[dict[str, Any]] = ray.get(_remote(sweep, _measure_again).remote(spec.to_dict()))
+    found: list[dict[str, Any]] = _get(_remote(sweep, worker_tasks.measure_again, where).remote(spec.to_dict()), watch)
     if found:
         sweep.ledger.write_remeasurement(trial, row["recipe_hash"], found)
-
-
-def _measure_again(values: dict[str, Any]) -> list[dict[str, Any]]:
-    return [asdict(found) for found in run_remeasure(TrialSpec.from_dict(values))]
 
 
 # --- the report split -------------------------------------------------------------------------------------------------
@@ -86,22 +94,49 @@ def unreported(sweep: Sweep) -> list[TrialSpec]:
     return [s for t, s in specs.items() if t not in reported]
 
 
-def report_split(sweep: Sweep, progress: Progress) -> None:
-    """Evaluates what is unreported on the report split, once each; the search never sees it. A loss is only logged."""
+def report_split(
+    sweep: Sweep, progress: Progress, where: Mapping[str, Any] | None = None, watch: Watch | None = None
+) -> None:
+    """Evaluates what is unreported on the report split, once each; the search never sees it. A loss is only logged.
+
+    No more at once than trials: the next one finds the worker of the one before, which has imported what it needs.
+
+    Raises:
+        LeaseLost: another driver has taken the study over.
+    """
     wanted = unreported(sweep)
     progress.note(f"evaluating {len(wanted)} frontier members on the report split")
-    remote = _remote(sweep, _report)
-    for spec, found in [(s, remote.remote(s.to_dict())) for s in wanted]:
-        try:
-            sweep.ledger.write_report(spec.trial_id, spec.recipe.hash, *ray.get(found))
-        except RayError as error:
-            log.warning("%s was not evaluated on the report split; a resume tries again: %s", spec.trial_id, error)
+    remote = _remote(sweep, worker_tasks.report, where or {})
+    together = sweep.config.resources.max_concurrent or max(1, len(wanted))
+    for first in range(0, len(wanted), together):
+        _await_lease(sweep)
+        for spec, found in [(s, remote.remote(s.to_dict())) for s in wanted[first : first + together]]:
+            try:
+                sweep.ledger.write_report(spec.trial_id, spec.recipe.hash, *_get(found, watch))
+            except RayError as error:
+                log.warning("%s was not evaluated on the report split; a resume tries again: %s", spec.trial_id, error)
 
 
-def _report(values: dict[str, Any]) -> list[Mapping[str, Any]]:
-    return [asdict(found) for found in run_report(TrialSpec.from_dict(values))]
+def _get(result: Any, watch: Watch | None) -> Any:
+    """Waits for a result, and says while it waits that the driver goes on."""
+    while not ray.wait([result], timeout=WAIT_S)[0]:
+        if watch is not None:
+            watch.turn()
+    return ray.get(result)
 
 
-def _remote(sweep: Sweep, function: Any) -> Any:
+def _remote(sweep: Sweep, function: Any, where: Mapping[str, Any]) -> Any:
     resources = sweep.config.resources
-    return ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus)(function)
+    return ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, **where)(function)
+
+
+def _await_lease(sweep: Sweep) -> None:
+    """Waits while a successor may be on its way, since this driver cannot renew its lease.
+
+    Raises:
+        LeaseLost: it is there.
+    """
+    while sweep.lease is not None and not sweep.lease.secure:
+        if sweep.lease.lost:
+            sweep.lease.check()
+        time.sleep(1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.frontier import query
+from orchestrator.sweep import points
 from orchestrator.sweep.state import Sweep
 
 COMPACT_ROWS = 64
@@ -15,10 +16,10 @@ def write_frontier(sweep: Sweep) -> None:
     members = query.pareto(sweep.ledger, list(objectives), list(objectives.values()))
     sweep.ledger.write_frontier(
         members,
-        sweep.hypervolume(),
+        points.hypervolume(sweep.config, sweep.proposer, sweep.baseline),
         len(sweep.rows),
         objectives=list(objectives),
-        reference=list(sweep.reference()),
+        reference=points.reference(sweep.config, sweep.baseline),
         context=sweep.context.digest,
     )
     sweep.ledger.compact(min_rows=COMPACT_ROWS)

@@ -5,24 +5,29 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.ledger import Ledger
 from orchestrator.ledger.studies import find_storage
-from orchestrator.study.load import StudyRefused, check_measurable, check_same_study
+from orchestrator.study.load import StudyRefused, check_measurable, check_runs_here, check_same_study
 from orchestrator.study.schema import StudyConfig, model_info
 from orchestrator.study.space import SearchSpace
+from orchestrator.study.weights import weights_notes
 from orchestrator.words.units import format_seconds, format_value
 from workers.node.storage import Storage
 from workers.tasks import IMAGES, KINDS
 
 if TYPE_CHECKING:
     from workers.model_info import ModelInfo
+    from workers.tasks.description import DataDescription
 
 
-def describe_plan(config: StudyConfig, storage: str) -> Iterator[str]:
+def describe_plan(config: StudyConfig, storage: str, *, here: bool = False) -> Iterator[str]:
     """Yields the lines of a plan.
+
+    Args:
+        here: whether trials are to run on this machine, which must then have room for the model.
 
     Raises:
         TaskError, ModelError, OSError: the data or the model cannot be read.
@@ -31,10 +36,17 @@ def describe_plan(config: StudyConfig, storage: str) -> Iterator[str]:
     store = find_storage(storage)
     context = config.context()
     info = model_info(context)
+    described = describe_data(context.data)
+    notes = weights_notes(config, context)
     check_measurable(config, info)
+    if here:
+        check_runs_here(config, info.params)
     space = SearchSpace(config.techniques, info, max_techniques=config.max_techniques)
     yield f"study {config.name}: {config.trials} recipes towards {_objectives(config)}"
     yield _model_line(config, info)
+    yield from data_lines(described)
+    for note in notes:
+        yield f"  weights: {note}"
     yield from _space_lines(config, space)
     for text in config.constraints:
         yield f"constraint: {text}"
@@ -61,6 +73,40 @@ def _model_line(config: StudyConfig, info: ModelInfo) -> str:
     )
 
 
+def describe_data(data: Mapping[str, Any]) -> DataDescription:
+    """Returns what a context's data is; see :func:`workers.tasks.describe`."""
+    from workers import tasks  # imports torch
+
+    return tasks.describe(data)
+
+
+def data_lines(found: DataDescription) -> Iterator[str]:
+    """Yields what is to be said of the data: its splits, its images, what is done to them, and warnings."""
+    for split in found.splits:
+        examples = f"{split.examples:,} examples with {split.images:,} pictures"
+        line = f"  {split.name}: " + (f"{split.images:,} images" if found.info.task == IMAGES else examples)
+        if split.classes:
+            (rarest, fewest), (commonest, most) = (f(split.classes.items(), key=lambda one: one[1]) for f in (min, max))
+            line += (
+                f" of {len(split.classes):,} classes; rarest {rarest!r} {fewest:,}, commonest {commonest!r} {most:,}"
+            )
+        yield line
+    sizes = _counts({f"{height}x{width}": count for (height, width), count in found.sizes.items()})
+    yield f"  images: {sizes} pixels, {_counts(found.modes)}; the model sees {found.info.image_size}x{found.info.image_size}x{found.info.in_chans}"
+    low, mean, high = found.values
+    yield f"  decoded as a sample: {found.sample:,}, values from {low:g} to {high:g}, mean {mean:.1f}"
+    yield from (f"  {note}" for note in found.notes)
+    yield from (f"  warning: {warning}" for warning in found.warnings)
+
+
+def _counts(found: Mapping[str, int]) -> str:
+    """Returns the three most frequent with their numbers, and how many others there are."""
+    if len(found) == 1:
+        return next(iter(found))
+    some = ", ".join(f"{name} ({count:,})" for name, count in list(found.items())[:3])
+    return some + (f" and {len(found) - 3:,} more" if len(found) > 3 else "")
+
+
 def _objectives(config: StudyConfig) -> str:
     return ", ".join(f"{name} ({direction})" for name, direction in config.objectives.items())
 
@@ -80,7 +126,7 @@ def _space_lines(config: StudyConfig, space: SearchSpace) -> Iterator[str]:
 
 
 def _excluded(space: SearchSpace) -> Iterator[str]:
-    """One line a reason: three examples are enough of a rule that forbids every pair of a family."""
+    """One line a reason: three examples are enough of a rule that forbids every pair of a family; then what is left in part."""
     by_reason: dict[str, list[str]] = {}
     for names, reason in space.excluded():
         what = " + ".join(names)
@@ -88,6 +134,9 @@ def _excluded(space: SearchSpace) -> Iterator[str]:
     for reason, found in by_reason.items():
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         yield f"  excluded: {', '.join(found[:3])}{more}: {reason}"
+    for part in space.hindered():
+        share = part.infeasible / part.tried
+        yield f"  excluded in part: {part.technique}, {share:.0%} of its configs, most of them as this one: {part.reason}"
 
 
 def _domain(domain: Any) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -12,7 +15,9 @@ from rich.live import Live
 from rich.text import Text
 
 from orchestrator.ledger.status import format_failures
-from orchestrator.sweep.state import Snapshot, Sweep
+from orchestrator.sweep.state import Sweep
+from orchestrator.sweep.work import Snapshot
+from orchestrator.words.printable import printable
 from orchestrator.words.units import format_seconds, format_value
 
 LIVE_S = 0.5
@@ -41,7 +46,8 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.live:
-            self.live.stop()
+            with suppress(OSError):  # the terminal is gone
+                self.live.stop()
 
     def show(self, sweep: Sweep) -> None:
         """Draws the state of ``sweep`` if enough time has passed since the last drawing."""
@@ -52,8 +58,8 @@ class Progress:
         head, values, recipes = describe(snapshot, has_baseline=sweep.baseline is not None)
         if self.live:
             self._next = now + LIVE_S
-            lines = [Text(line, no_wrap=True, overflow="ellipsis") for line in (head, *recipes)]
-            self.live.update(Group(*lines), refresh=True)
+            lines = [Text(printable(line), no_wrap=True, overflow="ellipsis") for line in (head, *recipes)]
+            self._write(partial(self.live.update, Group(*lines), refresh=True))
         else:
             self._next = now + min(LOG_S[1], max(LOG_S[0], snapshot.elapsed_s / 20))
             line = f"{head}; {values}" if values else head
@@ -62,7 +68,14 @@ class Progress:
     def note(self, text: str) -> None:
         """Prints one line."""
         if not self.quiet:
-            self.console.print(Text(text))
+            self._write(partial(self.console.print, Text(printable(text))))
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """A terminal that is gone costs what would be shown, and no more."""
+        try:
+            write()
+        except OSError:
+            self.quiet = True
 
 
 def describe(snapshot: Snapshot, *, has_baseline: bool) -> tuple[str, str, list[str]]:
@@ -70,7 +83,9 @@ def describe(snapshot: Snapshot, *, has_baseline: bool) -> tuple[str, str, list[
     head = f"[{format_seconds(snapshot.elapsed_s)}] "
     if not has_baseline:
         return head + "making and measuring the baseline", "", []
-    head += f"{snapshot.done}/{snapshot.budget} trials, {snapshot.running} running, failed: {format_failures(snapshot.failed)}"
+    head += f"{snapshot.done}/{snapshot.budget} trials, {snapshot.running} running, "
+    head += f"{snapshot.waiting} waiting, " if snapshot.waiting else ""
+    head += f"failed: {format_failures(snapshot.failed)}"
     if snapshot.note:
         head += f", stopping: {snapshot.note}"
     elif snapshot.left_s is not None:

@@ -7,7 +7,6 @@ ledger: :meth:`Proposer.restore` makes the same Optuna study again, trial number
 
 from __future__ import annotations
 
-import math
 import random
 import tempfile
 import warnings
@@ -30,22 +29,13 @@ from orchestrator.study.constraints import Constraint
 from orchestrator.study.sampler import SamplerSection
 from orchestrator.study.scalars import SAMPLER_GROUP
 from orchestrator.study.space import SearchSpace
+from orchestrator.sweep.suggestions import NearSuggest, RandomSuggest
+from orchestrator.sweep.work import Proposal
+from workers.techniques import registry
 from workers.trial import INFRASTRUCTURE, Recipe
-
-KEEP = 0.8
-"""Share of a repeated recipe's parameters that its replacement keeps."""
 
 RANDOM_DRAWS = 300
 """Random tries for an unseen recipe before the space is enumerated."""
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """One recipe that Optuna asked for; ``state`` is what :meth:`Proposer.restore` needs to rebuild its Optuna trial."""
-
-    number: int
-    recipe: Recipe
-    state: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -71,42 +61,6 @@ class TrialSuggest:
 
     def floating(self, name: str, low: float, high: float, step: float) -> float:
         return self.trial.suggest_float(name, low, high, step=step)
-
-
-class RandomSuggest:
-    """Uniform draws, for recipes the sampler did not think of."""
-
-    def __init__(self, generator: random.Random) -> None:
-        self.generator = generator
-
-    def categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return self.generator.choice(choices)
-
-    def integer(self, name: str, low: int, high: int, step: int) -> int:
-        return low + step * self.generator.randint(0, (high - low) // step)
-
-    def floating(self, name: str, low: float, high: float, step: float) -> float:
-        return low + step * self.generator.randint(0, math.floor((high - low) / step + 1e-9))
-
-
-class NearSuggest(RandomSuggest):
-    """Draws near a recipe: each of its answers is kept with probability :data:`KEEP` where it is still a choice."""
-
-    def __init__(self, generator: random.Random, params: Mapping[str, Any]) -> None:
-        super().__init__(generator)
-        self.params = params
-
-    def _kept(self, name: str) -> bool:
-        return name in self.params and self.generator.random() < KEEP
-
-    def categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return self.params[name] if self._kept(name) else super().categorical(name, choices)
-
-    def integer(self, name: str, low: int, high: int, step: int) -> int:
-        return int(self.params[name]) if self._kept(name) else super().integer(name, low, high, step)
-
-    def floating(self, name: str, low: float, high: float, step: float) -> float:
-        return float(self.params[name]) if self._kept(name) else super().floating(name, low, high, step)
 
 
 def make_sampler(section: SamplerSection) -> BaseSampler:
@@ -149,6 +103,12 @@ class _Entries(BaseJournalBackend):
         self.logs.extend(logs)
 
 
+def _surgery(recipe: Recipe) -> Recipe:
+    """Returns the part of a recipe that changes the structure, which stands in front."""
+    known = registry()
+    return Recipe(tuple(step for step in recipe.steps if known[step.technique].stage == "surgery"))
+
+
 class Proposer:
     """Asks Optuna for recipes and tells it how they ended.
 
@@ -183,7 +143,9 @@ class Proposer:
         self.asked: dict[int, Recipe] = {}
         self.rejected: list[tuple[Recipe, str]] = []
         self.lost: set[str] = set()
+        self.equals: dict[str, list[Recipe]] = {}
         self._again: list[Proposal] = []
+        self._waiting: dict[str, list[int]] = {}
         self._random = random.Random(seed)
 
     # --- ask ----------------------------------------------------------------------------------------------------------
@@ -232,11 +194,13 @@ class Proposer:
         recipe = self.space.sample(TrialSuggest(trial))
         self.recipes[recipe.hash] = self.asked[trial.number] = recipe
         proposal = Proposal(trial.number, recipe, self._state(trial.number, recipe))
-        if recipe.hash in self.outcomes:
-            self._tell(trial.number, self.outcomes[recipe.hash])
+        names = self._names(recipe)
+        known = next((name for name in names if name in self.outcomes), None)
+        if known is not None:
+            self._tell(trial.number, self.outcomes[known])
             answered.append({**proposal.state, "duplicate": True})
             return None
-        if recipe.hash in self._unanswered():
+        if self._unanswered().intersection(names):
             self.study.tell(trial.number, state=TrialState.FAIL)
             answered.append({**proposal.state, "running": True})
             return None
@@ -253,6 +217,20 @@ class Proposer:
     def _seen(self) -> set[str]:
         return set(self.outcomes) | self._unanswered()
 
+    def same(self, recipe: Recipe, first: Recipe) -> None:
+        """Takes that the surgery of ``recipe`` makes what that of ``first`` made: recipes with one end as those with the other."""
+        surgery, known = _surgery(recipe), _surgery(first)
+        group = self.equals.setdefault(known.hash, [known])
+        if surgery not in group:
+            group.append(surgery)
+        self.equals[surgery.hash] = group
+
+    def _names(self, recipe: Recipe) -> tuple[str, ...]:
+        """Returns the hashes under which the outcome of a recipe may be known: its own, and those of the ones it is equal to."""
+        surgery = _surgery(recipe)
+        rest = recipe.steps[len(surgery.steps) :]
+        return recipe.hash, *(Recipe(equal.steps + rest).hash for equal in self.equals.get(surgery.hash, ()))
+
     def _unanswered(self) -> set[str]:
         """Recipes that are not run again by this process and whose outcome is not known: in flight, or given up."""
         return self.lost | {p.recipe.hash for p in self.open.values()}
@@ -266,9 +244,10 @@ class Proposer:
         for suggest in (NearSuggest(self._random, params), RandomSuggest(self._random)):
             for _ in range(RANDOM_DRAWS):
                 recipe = self.space.sample(suggest)
-                if recipe.hash not in seen and self._possible(recipe):
+                if seen.isdisjoint(self._names(recipe)) and self._possible(recipe):
                     return recipe
-        return next((r for r in self.space.enumerate() if r.hash not in seen and self._possible(r)), None)
+        unseen = (r for r in self.space.enumerate() if seen.isdisjoint(self._names(r)) and self._possible(r))
+        return next(unseen, None)
 
     def _possible(self, recipe: Recipe) -> bool:
         return self.space.fault(recipe) is None
@@ -297,14 +276,20 @@ class Proposer:
         proposal = self.open.pop(number)
         if all(status == "ok" for status in statuses):
             outcome = {k: sum(m[k] for m in metrics) / len(metrics) for k in metrics[0] if all(k in m for m in metrics)}
-            self.outcomes[proposal.recipe.hash] = outcome
-            self._tell(number, outcome)
+            told = outcome if self.objectives.keys() <= outcome.keys() else None  # of a row that was not written here
+            self._answer(number, proposal.recipe.hash, told)
         elif any(status in INFRASTRUCTURE for status in statuses):
             self.lost.add(proposal.recipe.hash)
-            self.study.tell(number, state=TrialState.FAIL)
+            for one in (number, *self._waiting.pop(proposal.recipe.hash, ())):
+                self.study.tell(one, state=TrialState.FAIL)
         else:
-            self.outcomes[proposal.recipe.hash] = None
-            self._tell(number, None)
+            self._answer(number, proposal.recipe.hash, None)
+
+    def _answer(self, number: int, recipe: str, outcome: Mapping[str, float] | None) -> None:
+        """Tells a proposal, and the duplicates of it that wait for the same answer."""
+        self.outcomes[recipe] = outcome
+        for one in (number, *self._waiting.pop(recipe, ())):
+            self._tell(one, outcome)
 
     def _tell(self, number: int, outcome: Mapping[str, float] | None) -> None:
         if outcome is None:
@@ -332,37 +317,50 @@ class Proposer:
                 the same number and with the same parameters.
         """
         by_number = {int(a["number"]): a for a in asks}
+        for kept in asks:
+            if kept.get("stages_of"):
+                self.same(Recipe.from_json(kept["recipe"]), Recipe.from_json(kept["stages_of"]))
         for number in range(max(by_number, default=-1) + 1):
             ask = by_number.get(number)
-            if ask is None:  # its file was lost: an empty failed trial keeps the numbers right
+            if ask is None or not self._add(ask):  # its file is lost: an empty failed trial keeps the numbers right
                 self.study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))
                 continue
             recipe = Recipe.from_json(ask["recipe"])
             self.recipes[recipe.hash] = self.asked[number] = recipe
-            self._add(ask)
             if ask.get("running"):
                 self.study.tell(number, state=TrialState.FAIL)
             elif ask.get("rejected"):
                 self.outcomes[recipe.hash] = None
                 self._tell(number, None)
             elif ask.get("duplicate"):
-                self._tell(number, self.outcomes.get(recipe.hash))
+                names = self._names(recipe)
+                known = [name for name in names if name in self.outcomes]
+                asked = [p.recipe.hash for p in self.open.values() if p.recipe.hash in names]  # again
+                if asked and not known:
+                    self._waiting.setdefault(asked[0], []).append(number)
+                else:
+                    self._tell(number, self.outcomes[known[0]] if known else None)
             else:
                 self.open[number] = Proposal(number, recipe, ask)
                 if number in outcomes:
                     self.tell(number, *outcomes[number])
         self._again = list(self.open.values())
 
-    def _add(self, ask: Mapping[str, Any]) -> None:
-        distributions = {k: json_to_distribution(d) for k, d in ask["distributions"].items()}
-        trial = optuna.trial.create_trial(
-            state=TrialState.RUNNING,
-            params=dict(ask["params"]),
-            distributions=distributions,
-            system_attrs=dict(ask["system_attrs"]),
-        )
-        trial.datetime_start = datetime.now()
-        self.study.add_trial(trial)
+    def _add(self, ask: Mapping[str, Any]) -> bool:
+        """Adds the trial of an ask; False where its record is none that Optuna made."""
+        try:
+            distributions = {k: json_to_distribution(d) for k, d in ask["distributions"].items()}
+            trial = optuna.trial.create_trial(
+                state=TrialState.RUNNING,
+                params=dict(ask["params"]),
+                distributions=distributions,
+                system_attrs=dict(ask["system_attrs"]),
+            )
+            trial.datetime_start = datetime.now()
+            self.study.add_trial(trial)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return False
+        return True
 
     # --- for other tools ----------------------------------------------------------------------------------------------
 

@@ -8,57 +8,46 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
-import numpy as np
-
-from orchestrator.frontier import dominance
-from orchestrator.ledger import Ledger, attempt_row
+from orchestrator.ledger import Ledger, LedgerError, attempt_row
 from orchestrator.study import constraints
 from orchestrator.study.constraints import DROPS
 from orchestrator.study.schema import StudyConfig
 from orchestrator.study.space import SearchSpace
+from orchestrator.sweep import points
 from orchestrator.sweep.searcher import Proposer, make_sampler
-from orchestrator.words.labels import short_label
+from orchestrator.sweep.work import Snapshot, Work
 from workers.model_info import ModelInfo
+from workers.node.lease import Lease
+from workers.node.storage_faults import in_a_line
 from workers.trial import INFRASTRUCTURE, Context, Recipe, TrialResult, TrialSpec, trial_id
 
 RUNNER = "workers.run:run_trial"
 
 
-class StudyFailed(Exception):
-    """The study could not go on; the message says why. What was found is in the ledger."""
+F = TypeVar("F", bound=Callable[..., Any])
+
+STORAGE_PATIENCE_S = (2.0, 4.0, 60.0)
+"""Seconds without new work after a fault of the storage, the factor for each further one in a row, and the most: what passes by
+itself costs no retries."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one Tune trial runs: one recipe under the seeds that are still to do. ``number`` is None for the baseline."""
+def _pauses(method: F) -> F:
+    """Makes a study pause where its driver cannot write or read: what was on its way is found again by the next run."""
 
-    number: int | None
-    recipe: Recipe
-    specs: tuple[TrialSpec, ...]
-    state: Mapping[str, Any] | None
+    @wraps(method)
+    def run(self: Sweep, *arguments: Any) -> Any:
+        try:
+            return method(self, *arguments)
+        except (OSError, LedgerError) as error:
+            self.pause(in_a_line(error))
+            return None
 
-    def to_dict(self, runner: str) -> dict[str, Any]:
-        """Returns plain values for the trainable."""
-        return {"specs": [s.to_dict() for s in self.specs], "optuna": self.state, "runner": runner}
-
-
-@dataclass
-class Snapshot:
-    """What a person wants to know while a study runs."""
-
-    done: int
-    budget: int
-    running: int
-    failed: Counter[str]
-    best: dict[str, tuple[float, str]]
-    hypervolume: float | None
-    elapsed_s: float
-    left_s: float | None
-    note: str = ""
+    return cast(F, run)
 
 
 @dataclass
@@ -69,6 +58,10 @@ class Sweep:
         rows: trial id to (status, metrics) of accepted attempts in this context.
         exhausted: every recipe of the space has been run.
         stopping: None, or why nothing more is issued.
+        paused: it stopped because of the storage; nothing that needs it is tried any more.
+        forgiven: attempts that do not count, because what they failed at is asked again.
+        lease: of the study; while it is not secure nothing is issued. None where nobody else can be there.
+        waiting: trials that waited for the lane, or for another's stage, when the marks were last read.
     """
 
     config: StudyConfig
@@ -84,11 +77,17 @@ class Sweep:
     baseline: dict[str, float] | None = None
     exhausted: bool = False
     stopping: str | None = None
+    paused: bool = False
+    forgiven: frozenset[str] = frozenset()
     open: dict[str, Work] = field(default_factory=dict)
+    waiting: frozenset[str] = frozenset()
     issued: int = 0
     done_before: int = 0
     lost_count: Counter[str] = field(default_factory=Counter)
+    lease: Lease | None = None
     _retry: list[Work] = field(default_factory=list)
+    _faults: int = 0
+    _not_before: float = 0.0
     _resumed: set[int] = field(default_factory=set)
 
     # --- issue --------------------------------------------------------------------------------------------------------
@@ -106,9 +105,13 @@ class Sweep:
             return True
         return self.baseline is not None and (self.issued >= self.config.trials or self.exhausted)
 
+    @_pauses
     def next_work(self) -> Work | None:
-        """Returns the next work, or None: wait (something is in flight) or, where :attr:`finished`, nothing is left."""
-        if self.stopping is not None:
+        """Returns the next work, or None: wait (something is in flight, the storage did not answer a moment ago) or, where
+        :attr:`finished`, nothing is left.
+        """
+        insecure = self.lease is not None and not self.lease.secure
+        if self.stopping is not None or insecure or time.monotonic() < self._not_before:
             return None
         if self._retry:
             return self._issue(self._retry.pop(0))
@@ -139,13 +142,13 @@ class Sweep:
         if proposal is None:
             self.exhausted = True
             return None
-        self.issued += 1
         if proposal.number in self._resumed:  # a process that outlived its killed driver may have finished it since
             self.rows |= self._known([s.trial_id for s in self.specs(proposal.recipe)])
         specs = self._to_do(self.specs(proposal.recipe))
         self.ledger.write_ask(
             self.context.digest, proposal.number, {**proposal.state, "specs": [s.to_dict() for s in specs]}
         )
+        self.issued += 1
         if not specs:
             self._tell(proposal.number, proposal.recipe)
             return None
@@ -160,7 +163,7 @@ class Sweep:
 
     def _known(self, trials: Sequence[str] | None) -> dict[str, tuple[str, dict[str, float]]]:
         """Accepted outcomes in the ledger (None: all of this context) that say something about their recipe."""
-        found = self.ledger.outcomes(self.context.digest, trials)
+        found = self.ledger.outcomes(self.context.digest, trials, without=self.forgiven)
         return {t: (s, m) for t, (s, m) in found.items() if s not in INFRASTRUCTURE}
 
     def specs(self, recipe: Recipe) -> list[TrialSpec]:
@@ -187,12 +190,30 @@ class Sweep:
 
     # --- take back ----------------------------------------------------------------------------------------------------
 
+    @_pauses
     def ended(self, work: Work, outcomes: Sequence[Mapping[str, Any]]) -> None:
-        """Takes what the trainable reported: the attempts are in the ledger already."""
+        """Takes what the trainable reported: the attempts are in the ledger already, unless the storage was at fault."""
         self.open.pop(_key(work), None)
         for outcome in outcomes:
             self.rows[outcome["trial_id"]] = (outcome["status"], dict(outcome["metrics"]))
+        last = outcomes[-1] if outcomes else {}
+        if last.get("status") == "storage_fault":
+            self._lost(work, "storage_fault", str(last.get("failure")), recorded=bool(last.get("written", True)))
+            return
+        self._faults, self._not_before = 0, 0.0
+        self._note_equal(work, outcomes)
         self._end(work)
+
+    def _note_equal(self, work: Work, outcomes: Sequence[Mapping[str, Any]]) -> None:
+        """Keeps that a recipe's surgery made what another one's had made, under every seed: the sampler is told once for all."""
+        firsts = {outcome.get("stages_of") for outcome in outcomes}
+        (first,) = firsts if len(firsts) == 1 else (None,)
+        if first is None or work.number is None or len(outcomes) < len(self.config.seeds):
+            return
+        specs = [spec.to_dict() for spec in work.specs]
+        ask = {**(work.state or {}), "specs": specs, "stages_of": first}
+        self.ledger.write_ask(self.context.digest, work.number, ask)
+        self.proposer.same(work.recipe, Recipe.from_json(first))
 
     def _end(self, work: Work) -> None:
         if work.number is not None:
@@ -211,35 +232,65 @@ class Sweep:
     def _derived(self, metrics: Mapping[str, float]) -> dict[str, float]:
         return constraints.derived(metrics, self.baseline or {})
 
+    @_pauses
     def lost(self, work: Work, status: str, reason: str) -> None:
         """Takes that the worker of ``work`` is gone, with ``status`` one of the failure classes.
 
         Attempts that it still wrote count. Infrastructure failures are retried ``retries`` times; every loss is recorded.
+        Where the storage was at fault each time, the study pauses: the same would befall whatever is issued next.
         """
         self.open.pop(_key(work), None)
+        self._lost(work, status, reason, recorded=False)
+
+    def _lost(self, work: Work, status: str, reason: str, *, recorded: bool) -> None:
+        self._retry.append(work)  # until it is clear what becomes of it; a pause may come before that
         left = self._left(work)
-        if left:
+        if left and not recorded:
             self._record_loss(left[0], status, reason, work.state)
+        self._retry.pop()
         self.lost_count[_key(work)] += 1
         retry = status in INFRASTRUCTURE and self.lost_count[_key(work)] <= self.config.retries
-        if left and retry:
+        if left and (retry or status == "storage_fault"):
             self._retry.append(replace(work, specs=left))
         else:
             self._end(work)
+        if left and status == "storage_fault":
+            self._wait_for_storage()
+            if not retry:
+                self.pause(reason)
+
+    def _wait_for_storage(self) -> None:
+        now, (first, factor, most) = time.monotonic(), STORAGE_PATIENCE_S
+        if now >= self._not_before:  # else it was issued before the fault that is waited for
+            self._not_before = now + min(most, first * factor**self._faults)
+            self._faults += 1
+
+    def pause(self, reason: str) -> None:
+        """Issues nothing more, because of the storage: nothing is told to Optuna, so that the next run asks again."""
+        self.paused = True
+        self.stopping = self.stopping or f"storage: {(reason.splitlines() or [''])[0]}"
 
     def _left(self, work: Work) -> tuple[TrialSpec, ...]:
         """Takes what the lost worker of ``work`` still wrote; returns the specs that are left to do."""
         self.rows |= self._known([s.trial_id for s in work.specs])
         return self._to_do(work.specs)
 
+    @_pauses
     def again(self, work: Work) -> None:
         """Issues ``work`` once more without blame: the run around it ended, not its worker."""
         self.open.pop(_key(work), None)
+        self._retry.append(work)
         left = self._left(work)
+        self._retry.pop()
         if left:
             self._retry.append(replace(work, specs=left))
         else:
             self._end(work)
+
+    def hand_back(self) -> None:
+        """Takes what workers still wrote after the run around them ended; the others are in flight for the next driver."""
+        for work in list(self.open.values()):
+            self.again(work)
 
     def _record_loss(self, spec: TrialSpec, status: str, reason: str, state: Mapping[str, Any] | None) -> None:
         seen = self.ledger.running().get(spec.trial_id, {})
@@ -259,48 +310,15 @@ class Sweep:
 
     # --- look ---------------------------------------------------------------------------------------------------------
 
-    def points(self) -> list[tuple[str, dict[str, float]]]:
-        """Returns (recipe label, metrics) of the baseline and of every feasible ok trial, seeds averaged."""
-        limits = self.config.parsed_constraints()
-        found = []
-        if self.baseline is not None:
-            found.append(("baseline", dict(self.baseline)))
-            for metrics, label in self._means():
-                values = self._derived(metrics)
-                if all(c.satisfied(values) for c in limits):
-                    found.append((label, metrics))
-        return found
-
-    def _means(self) -> list[tuple[dict[str, float], str]]:
-        outcomes = self.proposer.outcomes
-        recipes, searched = self.proposer.recipes, self.config.techniques
-        return [(dict(m), short_label(recipes[h], searched)) for h, m in outcomes.items() if m is not None]
-
-    def reference(self) -> list[float]:
-        """Returns the reference point in the objectives' own units: the study's where it gives one, else the stated one."""
-        names, directions = list(self.config.objectives), list(self.config.objectives.values())
-        base = [self.baseline.get(n, 0.0) if self.baseline else 0.0 for n in names]
-        stated = dominance.default_reference(base, directions) if min(base) > 0 else np.zeros(len(base))
-        return [(self.config.reference_point or {}).get(n, float(v)) for n, v in zip(names, stated, strict=True)]
-
-    def hypervolume(self) -> float | None:
-        """Returns the hypervolume of the feasible points in multiples of the baseline's values, None where one is zero."""
-        names, directions = list(self.config.objectives), list(self.config.objectives.values())
-        if self.baseline is None or min(self.baseline.get(n, 0.0) for n in names) <= 0:
-            return None
-        base = np.array([self.baseline[n] for n in names])
-        values = np.array([[m[n] for n in names] for _, m in self.points()])
-        return dominance.hypervolume(values / base, directions, np.array(self.reference()) / base)
-
     def snapshot(self) -> Snapshot:
         """Returns the progress as of now."""
         ended = [status for trial, (status, _) in self.rows.items() if trial not in self._open_trials()]
         best: dict[str, tuple[float, str]] = {}
-        points = self.points()[1:]
+        found = points.feasible(self.config, self.proposer, self.baseline)[1:]
         for name, direction in self.config.objectives.items():
             pick = max if direction == "maximize" else min
-            if points:
-                label, metrics = pick(points, key=lambda p: p[1][name])
+            if found:
+                label, metrics = pick(found, key=lambda p: p[1][name])
                 best[name] = (metrics[name], label)
         done = self.issued - len([w for w in [*self.open.values(), *self._retry] if w.number is not None])
         elapsed = time.monotonic() - self.started
@@ -310,13 +328,15 @@ class Sweep:
         if left is not None and self.config.budget.time is not None:
             left = min(left, max(0.0, self.config.budget.time - elapsed))
         failed = Counter(s for s in ended if s != "ok")
+        waiting = sum(any(s.trial_id in self.waiting for s in work.specs) for work in self.open.values())
         return Snapshot(
             done,
             self.config.trials,
-            len(self.open),
+            len(self.open) - waiting,
+            waiting,
             failed,
             best,
-            self.hypervolume(),
+            points.hypervolume(self.config, self.proposer, self.baseline),
             elapsed,
             left,
             self.stopping or "",
@@ -339,10 +359,12 @@ def open_sweep(
     storage_url: str,
     token: str,
     versions: Mapping[str, int],
+    retry: Collection[str] = (),
 ) -> Sweep:
     """Builds the sweep of a study from its ledger: what ended is told to Optuna, what was in flight is issued again.
 
-    Trials that ended in an infrastructure failure are in flight as well: they say nothing about their recipe.
+    Trials that ended in an infrastructure failure are in flight as well: they say nothing about their recipe. So are those
+    that ended in a failure of a class in ``retry``.
     """
     space = SearchSpace(config.techniques, info, max_techniques=config.max_techniques)
     sampler = make_sampler(config.sampler)
@@ -355,6 +377,8 @@ def open_sweep(
         seed=config.sampler.seed,
     )
     sweep = Sweep(config, context, ledger, proposer, versions, storage_url, token)
+    if retry:
+        sweep.forgiven = ledger.accepted_attempts(context.digest, retry)
     known = sweep.rows = sweep._known(None)
     base = sweep.baseline_spec().trial_id
     if known.get(base, ("",))[0] == "ok":

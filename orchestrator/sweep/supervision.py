@@ -11,6 +11,7 @@ import json
 import logging
 import tempfile
 import time
+from contextlib import suppress
 from typing import Any
 
 from ray import tune
@@ -20,15 +21,22 @@ from ray.tune.search import Searcher
 from orchestrator.ledger import LedgerError
 from orchestrator.sweep import after_search
 from orchestrator.sweep.frontier_history import write_frontier
+from orchestrator.sweep.lease_watch import LeaseWatch
+from orchestrator.sweep.nodes import Nodes, request
+from orchestrator.sweep.outcome import StudyFailed
 from orchestrator.sweep.progress import Progress
-from orchestrator.sweep.ray_session import at_once, connection
-from orchestrator.sweep.state import RUNNER, StudyFailed, Sweep, Work
+from orchestrator.sweep.ray_session import at_once, connection, own_node
+from orchestrator.sweep.state import RUNNER, Sweep
 from orchestrator.sweep.trainable import TrialTrainable
-from orchestrator.sweep.worker_failures import loss_class, loss_reason, memory_culprit
-from workers.node.lease import Lease, LeaseLost
+from orchestrator.sweep.watch import Watch
+from orchestrator.sweep.work import Work
+from orchestrator.sweep.worker_failures import blind_node, loss_class, loss_reason, memory_culprit
+from workers.node.lease import Lease
 
 RESTARTS_WITHOUT_PROGRESS = 3
-LEASE_CHECK_S = 5.0
+
+LOOK_S = 5.0
+"""Seconds between two looks at Ray and at which trials wait."""
 
 FRONTIER_S = 5.0
 """Seconds between two snapshots of the frontier while a study runs."""
@@ -36,20 +44,24 @@ FRONTIER_S = 5.0
 log = logging.getLogger("vitpareto")
 
 
-def supervise(sweep: Sweep, lease: Lease, address: str | None, progress: Progress, runner: str) -> None:
+def supervise(
+    sweep: Sweep, lease: Lease, address: str | None, progress: Progress, runner: str, watch: Watch | None
+) -> None:
     """Runs Tuners until nothing is left; a run that breaks down is followed by another from where the sweep stands.
 
     A finished sweep ends with what follows the search (after_search.py), under the same Ray.
     """
-    fruitless, one_at_a_time = 0, False
-    while not sweep.finished or (runner == RUNNER and after_search.unreported(sweep)):
+    fruitless, one_at_a_time, nodes = 0, False, Nodes(sweep)
+    while not sweep.finished or (runner == RUNNER and not sweep.paused and after_search.unreported(sweep)):
         before = len(sweep.rows)
-        with connection(sweep.config, address):
+        with connection(sweep.config, address, watch):
+            if address is not None:  # a local Ray is on this machine alone
+                nodes.ask_all()
             together = 1 if one_at_a_time else at_once(sweep.config, address)
-            broken = None if sweep.finished else _tune(sweep, lease, progress, runner, together)
+            broken = None if sweep.finished else _tune(sweep, lease, progress, runner, together, nodes, watch)
             if broken is None:
-                if sweep.finished and runner == RUNNER:
-                    _after_the_search(sweep, progress)
+                if sweep.finished and runner == RUNNER and not sweep.paused:
+                    _after_the_search(sweep, progress, nodes, watch)
                 return
         one_at_a_time = not _blame(sweep, broken)
         fruitless = 0 if len(sweep.rows) > before else fruitless + 1
@@ -58,10 +70,10 @@ def supervise(sweep: Sweep, lease: Lease, address: str | None, progress: Progres
             raise StudyFailed(f"the Tune run broke down {fruitless} times without a trial ending: {broken}") from broken
 
 
-def _after_the_search(sweep: Sweep, progress: Progress) -> None:
+def _after_the_search(sweep: Sweep, progress: Progress, nodes: Nodes, watch: Watch | None) -> None:
     left = sweep.config.remeasurements - len(sweep.ledger.remeasured())
-    after_search.remeasure(sweep, left, progress)
-    after_search.report_split(sweep, progress)
+    after_search.remeasure(sweep, left, progress, nodes.options(), watch)
+    after_search.report_split(sweep, progress, nodes.options(), watch)
 
 
 def _blame(sweep: Sweep, broken: BaseException) -> bool:
@@ -82,21 +94,26 @@ def _blame(sweep: Sweep, broken: BaseException) -> bool:
 
 def _whereabouts(sweep: Sweep, work: Work) -> list[dict[str, Any]]:
     """Returns where the trials of ``work`` run, as far as they have started."""
-    marks = sweep.ledger.running()
+    try:
+        marks = sweep.ledger.running()
+    except OSError:  # no mark can be read; the sweep meets the same and pauses
+        return []
     return [marks[s.trial_id] for s in work.specs if s.trial_id in marks]
 
 
-def _tune(sweep: Sweep, lease: Lease, progress: Progress, runner: str, at_once: int) -> BaseException | None:
+def _tune(
+    sweep: Sweep, lease: Lease, progress: Progress, runner: str, at_once: int, nodes: Nodes, watch: Watch | None
+) -> BaseException | None:
     """One Tuner run; returns what broke it, or None."""
     config = sweep.config
-    resources: dict[str, float] = {"cpu": config.resources.cpus, "gpu": config.resources.gpus}
+    resources: dict[str, float] = {"CPU": config.resources.cpus, "GPU": config.resources.gpus}
     if config.resources.memory is not None:
         resources["memory"] = config.resources.memory
-    searcher = SweepSearcher(sweep, runner)
-    supervisor = Supervisor(sweep, searcher, lease, progress)
+    searcher = SweepSearcher(sweep, runner, nodes)
+    supervisor = Supervisor(sweep, searcher, LeaseWatch(sweep, lease), progress, nodes, watch)
     with tempfile.TemporaryDirectory(prefix="vitpareto-tune-", ignore_cleanup_errors=True) as folder:
         tuner = tune.Tuner(
-            tune.with_resources(TrialTrainable, resources),
+            tune.with_resources(TrialTrainable, lambda trial: request(resources, trial["blind"])),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 num_samples=-1,
@@ -128,9 +145,9 @@ class _NotPickled:
 class SweepSearcher(_NotPickled, Searcher):
     """Hands the sweep's work to Tune and takes back what its trials report."""
 
-    def __init__(self, sweep: Sweep, runner: str) -> None:
+    def __init__(self, sweep: Sweep, runner: str, nodes: Nodes) -> None:
         super().__init__(metric=None, mode=None)
-        self.sweep, self.runner = sweep, runner
+        self.sweep, self.runner, self.nodes = sweep, runner, nodes
         self.works: dict[str, Work] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
@@ -138,7 +155,7 @@ class SweepSearcher(_NotPickled, Searcher):
         work = self.sweep.next_work()
         if work is not None:
             self.works[trial_id] = work
-            return {"work": json.dumps(work.to_dict(self.runner))}
+            return {"work": json.dumps(work.to_dict(self.runner)), "blind": sorted(self.nodes.blind)}
         return str(self.FINISHED) if self.sweep.finished else None
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -156,9 +173,18 @@ class SweepSearcher(_NotPickled, Searcher):
 class Supervisor(_NotPickled, tune.Callback):
     """Classifies lost workers, keeps the lease, shows progress. Never raises into Tune's loop."""
 
-    def __init__(self, sweep: Sweep, searcher: SweepSearcher, lease: Lease, progress: Progress) -> None:
-        self.sweep, self.searcher, self.lease, self.progress = sweep, searcher, lease, progress
-        self._checked = self._drawn = time.monotonic()
+    def __init__(
+        self,
+        sweep: Sweep,
+        searcher: SweepSearcher,
+        lease: LeaseWatch,
+        progress: Progress,
+        nodes: Nodes,
+        watch: Watch | None,
+    ) -> None:
+        self.sweep, self.searcher, self.progress, self.nodes, self.watch = sweep, searcher, progress, nodes, watch
+        self.lease = lease
+        self._drawn = self._looked = time.monotonic()
         self._rows = 0
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -167,21 +193,42 @@ class Supervisor(_NotPickled, tune.Callback):
         if work is None:
             return
         reason = loss_reason(trial)
-        self.sweep.lost(work, loss_class(reason, _whereabouts(self.sweep, work)), reason)
+        blind = blind_node(reason)
+        if blind is None:
+            kind = loss_class(reason, _whereabouts(self.sweep, work))
+        elif blind[0] in trial.config["blind"]:  # Ray put it there all the same
+            kind = "storage_fault"
+        else:
+            self.nodes.leave_out(*blind)
+            self.sweep.again(work)
+            return
+        self.sweep.lost(work, kind, reason)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Every turn of Tune's loop."""
-        now = time.monotonic()
-        if now - self._checked > LEASE_CHECK_S:
-            self._checked = now
-            try:
-                self.lease.check()
-            except LeaseLost as error:
-                self.sweep.stopping = str(error)
+        if self.watch is not None:
+            self.watch.turn()
+        secure = self.lease.turn()
+        self.nodes.look()
+        if time.monotonic() - self._looked > LOOK_S:
+            self._looked = time.monotonic()
+            self._look()
         self.progress.show(self.sweep)
-        if now - self._drawn > FRONTIER_S and len(self.sweep.rows) != self._rows and self.sweep.baseline is not None:
+        now = time.monotonic()
+        if not secure or now - self._drawn <= FRONTIER_S:
+            return
+        if len(self.sweep.rows) != self._rows and self.sweep.baseline is not None:
             self._drawn, self._rows = now, len(self.sweep.rows)
             try:
                 write_frontier(self.sweep)
             except (OSError, LedgerError) as error:
                 log.warning("the frontier could not be written, the next one will be: %s", error)
+
+    def _look(self) -> None:
+        """Every few seconds: whether Ray still counts on this node, and which trials wait."""
+        if self.watch is not None:
+            node = own_node()
+            if node is None or not node["Alive"]:  # a raylet that is stopped, say, still has its port
+                self.watch.lose("its GCS counts this node as dead")
+        with suppress(OSError):  # only what is shown
+            self.sweep.waiting = self.sweep.ledger.waiting()

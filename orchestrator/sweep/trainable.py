@@ -9,7 +9,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -17,13 +18,19 @@ import ray
 from ray import tune
 
 from orchestrator.ledger import Ledger, attempt_row
-from workers.node.lease import identity
+from orchestrator.sweep.worker_failures import blind_words
+from workers.node.deadline import waiting_s
+from workers.node.identity import identity
 from workers.node.storage import open_storage
+from workers.node.storage_faults import StorageNotSeen, check_seen, in_a_line, storage_fault
 from workers.trial import TrialResult, TrialSpec
 
 WATCHDOG_FACTOR = 3.0
 """After so many timeouts a process that does not react is ended from inside: waiting for the lane or for a stage that another
 trial runs does not count towards the timeout, and is bounded by that trial's own."""
+
+MARK_S = 3.0
+"""Shortest wait that is told, and seconds between two looks: between chunks of training the lane is waited for all the time."""
 
 
 def run_specs(work: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -34,27 +41,91 @@ def run_specs(work: Mapping[str, Any]) -> list[dict[str, Any]]:
             function that runs a spec; ``workers.run:run_trial``).
 
     Returns:
-        ``{"trial_id", "status", "metrics"}`` for each spec, in order. Work stops at the first seed that is not ok.
+        ``{"trial_id", "status", "metrics"}`` for each spec, in order. Work stops at the first seed that is not ok. A fault of
+        the storage also has its ``failure``, and says in ``written`` whether its attempt could be written all the same. Where the
+        trial's stages are those of another recipe, ``stages_of`` is that.
+
+    Raises:
+        StorageNotSeen: this node does not see the study's storage. Nothing is written: nobody would find it.
     """
     module, _, name = str(work["runner"]).partition(":")
     runner = getattr(import_module(module), name)
     outcomes: list[dict[str, Any]] = []
     for values in work["specs"]:
         spec = TrialSpec.from_dict(values)
-        ledger = Ledger(open_storage(spec.storage), spec.study)
-        ledger.mark_running(spec.trial_id, _whereabouts())
-        with _Watchdog(spec, ledger, work["optuna"]):
-            result: TrialResult = runner(spec)
-        ledger.write_attempt(attempt_row(spec, result, work["optuna"]))
-        outcomes.append({"trial_id": spec.trial_id, "status": result.status, "metrics": dict(result.metrics)})
-        if result.status != "ok":
+        outcome = _run_one(spec, runner, work["optuna"])
+        outcomes.append(outcome)
+        if outcome["status"] != "ok":
             break
     return outcomes
 
 
+def _run_one(spec: TrialSpec, runner: Callable[[TrialSpec], TrialResult], optuna: Any) -> dict[str, Any]:
+    """Runs one trial and writes its attempt; a fault of the storage on the way is its outcome."""
+    result: TrialResult | None = None
+    try:
+        ledger = Ledger(open_storage(spec.storage), spec.study)
+        _check_seen(spec)
+        with _Mark(spec, ledger), _Watchdog(spec, ledger, optuna):
+            result = runner(spec)
+        _check_seen(spec)  # a mount may be lost meanwhile
+        ledger.write_attempt(attempt_row(spec, result, optuna))
+    except OSError as error:  # not the runner's, which returns them
+        if not storage_fault(error):
+            raise
+        first = result.failure if result is not None and result.status == "storage_fault" else None
+        failure = first or f"{type(error).__name__}: {in_a_line(error)}"
+        return _outcome(spec, "storage_fault", {}) | {"failure": failure, "written": False}
+    said: dict[str, Any] = {"failure": result.failure, "written": True} if result.status == "storage_fault" else {}
+    if "stages_of" in result.conditions:
+        said["stages_of"] = result.conditions["stages_of"]
+    return _outcome(spec, result.status, result.metrics) | said
+
+
+def _check_seen(spec: TrialSpec) -> None:
+    check_seen(open_storage(spec.storage), spec.study, spec.storage_token)
+
+
+def _outcome(spec: TrialSpec, status: str, metrics: Mapping[str, float]) -> dict[str, Any]:
+    return {"trial_id": spec.trial_id, "status": status, "metrics": dict(metrics)}
+
+
 def _whereabouts() -> dict[str, Any]:
-    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
-    return {**identity(), "node": node, "started_at": time.time()}
+    return {**identity(), "node": _node(), "started_at": time.time()}
+
+
+def _node() -> str | None:
+    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
+
+
+class _Mark:
+    """Where a trial runs, and whether it waits: for the lane, or for a stage that another trial runs."""
+
+    def __init__(self, spec: TrialSpec, ledger: Ledger) -> None:
+        self._spec, self._ledger, self._whereabouts = spec, ledger, _whereabouts()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="mark", daemon=True)
+
+    def __enter__(self) -> None:
+        self._write(waiting=False)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the thread before the attempt removes the mark."""
+        self._done.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        said = False
+        while not self._done.wait(MARK_S):
+            waiting = waiting_s() >= MARK_S
+            if waiting != said:
+                with suppress(OSError):  # the next look tries again
+                    self._write(waiting)
+                    said = waiting
+
+    def _write(self, waiting: bool) -> None:
+        self._ledger.mark_running(self._spec.trial_id, {**self._whereabouts, "waiting": waiting})
 
 
 class _Watchdog:
@@ -85,8 +156,10 @@ class _Watchdog:
             started_at=self.started,
             duration_s=time.time() - self.started,
         )
-        self.ledger.write_attempt(attempt_row(self.spec, result, self.optuna))
-        os._exit(1)
+        try:
+            self.ledger.write_attempt(attempt_row(self.spec, result, self.optuna))
+        finally:  # also where the storage takes nothing: the driver then sees a worker that died
+            os._exit(1)
 
 
 class TrialTrainable(tune.Trainable):
@@ -97,8 +170,15 @@ class TrialTrainable(tune.Trainable):
         self.work = json.loads(config["work"])
 
     def step(self) -> dict[str, Any]:
-        """Runs the proposal to its end."""
-        return {"outcomes": json.dumps(run_specs(self.work)), "done": True}
+        """Runs the proposal to its end.
+
+        Raises:
+            StorageNotSeen: this node does not see the study's storage; the driver reads which one from the text.
+        """
+        try:
+            return {"outcomes": json.dumps(run_specs(self.work)), "done": True}
+        except StorageNotSeen as error:
+            raise StorageNotSeen(blind_words(str(error), _node())) from None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Takes the next proposal in the same process."""

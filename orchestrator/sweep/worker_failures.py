@@ -13,6 +13,8 @@ import ray
 NODE_ANSWER_S = 2.0
 """Longest wait for a node's answer after one of its workers was lost."""
 
+_BLIND = re.compile(r"StorageNotSeen: (.*) \[Ray node ([0-9a-f]+)\]")
+
 
 def loss_reason(trial: Any) -> str:
     """Returns why Tune lost a trial's actor. From the file that Tune has just written: it hands the exception to nobody."""
@@ -54,3 +56,14 @@ def memory_culprit(reason: str) -> int | None:
     """Returns the process that used most memory of those that Ray's memory monitor killed; None where Ray does not say."""
     killed = re.findall(r"Selected to kill: .*pid=(\d+), actual memory used=([\d.]+)GB", reason)
     return int(max(killed, key=lambda found: float(found[1]))[0]) if killed else None
+
+
+def blind_words(reason: str, node: str | None) -> str:
+    """Returns what a trial's process says through Ray where it does not see the storage; :func:`blind_node` reads it."""
+    return f"{reason} [Ray node {node}]" if node else reason
+
+
+def blind_node(text: str) -> tuple[str, str] | None:
+    """Returns (node, reason) where Ray's words about a lost worker are those of a node that does not see the storage."""
+    found = _BLIND.search(text)
+    return (found[2], found[1]) if found else None

@@ -20,7 +20,7 @@ from orchestrator.study.schema import StudyConfig
 from tests.cli_calls import call
 from workers import artefact
 from workers.run import run_trial
-from workers.stages import compile_recipe
+from workers.stages.graph import compile_recipe
 from workers.techniques import versions
 from workers.trial import TrialSpec, trial_id
 

@@ -21,7 +21,20 @@ from torch import Tensor, nn
 
 from workers.techniques.record import Applied, Surroundings, Technique, choice, number
 
-KINDS = ("none", "nan", "allocate", "sleep", "hang", "raise", "die", "die_once", "sleep_once", "hog", "uneven")
+KINDS = (
+    "none",
+    "nan",
+    "allocate",
+    "sleep",
+    "hang",
+    "raise",
+    "raise_once",
+    "die",
+    "die_once",
+    "sleep_once",
+    "hog",
+    "uneven",
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ def fail(kind: str) -> None:
         raise RuntimeError("the fault technique was told to raise")
     elif kind == "die":
         os.kill(os.getpid(), signal.SIGKILL)
-    elif kind in ("die_once", "sleep_once"):
+    elif kind.endswith("_once"):
         mark = Path(os.environ["VITPARETO_FAULT_MARK"])
         if not mark.exists():
             mark.touch()

@@ -13,26 +13,34 @@ if TYPE_CHECKING:
         MANIFEST,
         SCHEMA,
         TENSORS,
+        ArtefactDamaged,
         ArtefactError,
+        files,
         load,
         manifest,
         pack,
         save,
         save_to,
         size_bytes,
+        tensors_name,
+        verify,
     )
 
 __all__ = [
     "MANIFEST",
     "SCHEMA",
     "TENSORS",
+    "ArtefactDamaged",
     "ArtefactError",
+    "files",
     "load",
     "manifest",
     "pack",
     "save",
     "save_to",
     "size_bytes",
+    "tensors_name",
+    "verify",
 ]
 
 

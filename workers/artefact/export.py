@@ -25,7 +25,7 @@ from workers import artefact, tasks
 from workers.artefact.export_formats import ExportFailed, ExportFormat, ExportRefused, refusal
 from workers.artefact.parity import arithmetic
 from workers.inputs import Inputs
-from workers.node.storage import LocalStorage, open_storage
+from workers.node.storage import LocalStorage
 
 BATCHES = (8, 3, 1)
 """Images a call when an export is compared: several sizes, so that a batch size that was fixed by mistake shows."""
@@ -147,7 +147,7 @@ def write(source: str | Path, format_: ExportFormat, folder: Path, images: Image
     """Exports the artefact at ``source`` into an existing folder and compares what was written, loaded back, with it.
 
     Args:
-        source: folder or fsspec URL of the artefact.
+        source: folder or URL of an object store of the artefact.
 
     Raises:
         ExportRefused: the format cannot carry this artefact, or a package is missing.
@@ -184,8 +184,7 @@ def write(source: str | Path, format_: ExportFormat, folder: Path, images: Image
 
 
 def _write_artefact(source: str, folder: Path, example: Tensor | Inputs) -> Run:
-    storage, target = open_storage(source), LocalStorage(folder)
-    artefact.save_to(target, "", {name: storage.read(name) for name in (artefact.TENSORS, artefact.MANIFEST)})
+    artefact.save_to(LocalStorage(folder), "", artefact.files(source))
     return artefact.load(folder)
 
 

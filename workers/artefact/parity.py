@@ -14,6 +14,7 @@ on 224 px, batches of 1 to 16):
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -88,10 +90,39 @@ class Parity:
         return row
 
 
-def probe(logits: Sequence[Tensor], device: torch.device) -> bytes:
-    """Returns the file that keeps logits, (B, classes) float32 for each batch size, and the conditions of now."""
+def probe(logits: Sequence[Tensor], device: torch.device, manifest: bytes) -> bytes:
+    """Returns the file that keeps logits, (B, classes) float32 for each batch size, and the conditions of now.
+
+    Args:
+        manifest: of the artefact, as it is written; with the digests that the file also keeps, :func:`verify` tells damage.
+    """
     named = {f"logits_{len(found)}": found for found in logits}
-    return save_tensors(named, metadata={"conditions": canonical_json(kernel_conditions(device))})
+    conditions = {"conditions": canonical_json(kernel_conditions(device))}
+    digests = {"sha256": _sha256(save_tensors(named, metadata=conditions)), "manifest_sha256": _sha256(manifest)}
+    return save_tensors(named, metadata=conditions | digests)
+
+
+def verify(data: bytes, manifest: bytes) -> str | None:
+    """Says what is wrong with the file of :func:`probe`, or with the manifest that lies beside it; None where nothing is.
+
+    Of a file without digests, which older versions wrote, only the form is checked.
+    """
+    try:
+        tensors, notes = load_tensors(data), _notes(data)
+    except (SafetensorError, ValueError) as error:
+        return f"the file of its logits is damaged: {error}"
+    if "sha256" not in notes:
+        return None
+    own = save_tensors(tensors, metadata={"conditions": notes.get("conditions", "")})
+    if _sha256(own) != notes["sha256"]:
+        return "the file of its logits is not what was saved: its SHA-256 differs from its own note"
+    if _sha256(manifest) != notes["manifest_sha256"]:
+        return "the manifest is not what was saved: its SHA-256 differs from the one noted beside its logits"
+    return None
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def compare(data: bytes, model: nn.Module, logits_of: Callable[[int], Tensor], device: torch.device) -> Parity:
@@ -214,7 +245,11 @@ def _cpu() -> dict[str, Any]:
     return {k: lines[k] for k in _CPU_FIELDS if k in lines} | {"machine": platform.machine(), "flags": cpu_flags()}
 
 
-def _kept_conditions(data: bytes) -> dict[str, Any]:
-    """Returns the conditions in the header of a safetensors file: 8 bytes of length, then JSON."""
+def _notes(data: bytes) -> dict[str, str]:
+    """Returns the metadata in the header of a safetensors file: 8 bytes of length, then JSON."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return dict(json.loads(header.get("__metadata__", {}).get("conditions", "{}")))
+    return dict(header.get("__metadata__", {}))
+
+
+def _kept_conditions(data: bytes) -> dict[str, Any]:
+    return dict(json.loads(_notes(data).get("conditions", "{}")))

@@ -17,6 +17,7 @@ from workers import artefact
 from workers.measuring.against_baseline import Subject, measure_speed
 from workers.measuring.strong_baseline import StrongBaseline
 from workers.measuring.ways import COMPILE, as_way
+from workers.node.storage_faults import fault_as_exit_status
 from workers.tasks import TaskInfo
 
 
@@ -24,7 +25,8 @@ def main() -> None:
     """Answers one question."""
     question: dict[str, Any] = json.load(sys.stdin)
     device = torch.device(question["device"])
-    first, second = (artefact.load(question["folder"], device=device) for _ in range(2))
+    with fault_as_exit_status():
+        first, second = (artefact.load(question["folder"], device=device) for _ in range(2))
     found = []
     for record in map(StrongBaseline.from_dict, question["records"]):
         subject = Subject(

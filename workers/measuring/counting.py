@@ -115,13 +115,20 @@ def count_macs(model: nn.Module, example: Shape | Tensor | Inputs) -> int:
     _refuse_packed(model, "count_macs")
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     training = {part: part.training for part in model.modules()}
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     counter = FlopCounterMode(display=False, custom_mapping=dict(FORMULAS))
     try:
+        for (
+            parameter
+        ) in learned:  # a view of one (attention pooling's query) has no graph, where the counter wants to hook
+            parameter.requires_grad_(False)
         # Only inference mode shows the counter an attention before its backend: autograd takes it apart first.
         with torch.inference_mode(), _Watch(counter.flop_registry), counter:
             model(inputs.to(device))
     finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
         for part, was in training.items():
             part.training = was
     return int(counter.get_total_flops()) // 2

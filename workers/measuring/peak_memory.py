@@ -35,6 +35,7 @@ from workers import artefact
 from workers.measuring.made_inputs import make_inputs
 from workers.measuring.protocols import CPU_RESOLUTION_BYTES, MIN_CPU_BYTES
 from workers.node.storage import open_storage
+from workers.node.storage_faults import check_child, fault_as_exit_status
 from workers.tasks import TaskInfo
 
 CHILD_TIMEOUT_S = 900
@@ -68,7 +69,7 @@ def peak_memory(folder: str | Path, batch: int, info: TaskInfo, device: torch.de
     """Returns the peak memory of one inference of ``batch`` images by an artefact.
 
     Args:
-        folder: the artefact's folder: a path, or an fsspec URL, which is copied to this machine for the while.
+        folder: the artefact's folder: a path, or the URL of an object store, which is copied to this machine for the while.
         info: gives the shapes of the inputs.
         threads: of the process on a CPU.
 
@@ -100,8 +101,8 @@ def _on_disk(folder: str | Path) -> Iterator[Path]:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="vitpareto-artefact-") as copy:
-        for name in (artefact.TENSORS, artefact.MANIFEST):
-            (Path(copy) / name).write_bytes(storage.read(name))
+        for name, data in artefact.files(folder).items():
+            (Path(copy) / name).write_bytes(data)
         yield Path(copy)
 
 
@@ -110,6 +111,7 @@ def peak_in_child(folder: Path, batch: int, info: TaskInfo, device: torch.device
 
     Raises:
         NotTellable: the process failed, or was killed.
+        StorageFault: it could not read the artefact.
     """
     arguments = (folder.resolve(), device, batch, json.dumps(asdict(info)), threads)
     command = [sys.executable, "-m", "workers.measuring.peak_memory", *map(str, arguments)]
@@ -121,6 +123,7 @@ def peak_in_child(folder: Path, batch: int, info: TaskInfo, device: torch.device
         )
     except subprocess.TimeoutExpired as error:
         raise NotTellable(f"peak memory: one inference of {batch} images took over {CHILD_TIMEOUT_S} s") from error
+    check_child(done)
     if done.returncode:
         killed = f"signal {-done.returncode}, which the system sends when memory runs out"
         how = killed if done.returncode < 0 else f"exit status {done.returncode}"
@@ -180,7 +183,7 @@ def main(folder: str, device: str, batch: str, facts: str, threads: str) -> None
 
     torch.set_num_threads(int(threads))
     info = TaskInfo.from_dict(json.loads(facts))
-    with torch.inference_mode():
+    with torch.inference_mode(), fault_as_exit_status():
         print(
             _peak_on_cpu(folder, info, int(batch))
             if device == "cpu"

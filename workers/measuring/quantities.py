@@ -26,7 +26,9 @@ from workers.measuring.peak_memory import NotTellable, PeakMemory, peak_memory
 from workers.measuring.strong_baseline import StrongBaseline
 from workers.metrics import METRICS, SPEEDS
 from workers.node.conditions import device_conditions, device_name, threads
-from workers.stages import Workbench, prefix
+from workers.node.storage import StorageFault
+from workers.stages.graph import prefix
+from workers.stages.workbench import Workbench
 from workers.trial import Measurement, TrialSpec
 
 PEAK = "peak_memory_bytes"
@@ -114,7 +116,20 @@ class Quantities:
     def strong(self, kind: str) -> StrongBaseline:
         """Returns the study's strong baseline for this device."""
         self.find_strong([kind])
-        return StrongBaseline.from_json(self.bench.storage.read(self._strong_file(kind)))
+        return StrongBaseline.from_dict(self._record(self._strong_file(kind)))
+
+    def _record(self, name: str) -> dict[str, Any]:
+        """Reads a record of the uncompressed model.
+
+        A damaged one is not found again by itself: it is the unit of the speeds that the study has measured already.
+        """
+        try:
+            return dict(json.loads(self.bench.storage.read(name)))
+        except (ValueError, TypeError) as error:
+            raise StorageFault(
+                f"{self.bench.storage.url}/{name} is damaged: {error}; put back what it held (the baseline's row has it), or "
+                "remove it: the uncompressed model is then measured again, and later speeds are multiples of that"
+            ) from error
 
     def _strong_file(self, kind: str) -> str:
         device = device_name(self.bench.device)
@@ -191,7 +206,7 @@ class Quantities:
             with self.bench.deadline.paused():
                 peak = self._peak_of(self.bench.baseline_key, batch)
             storage.put_if_absent(name, json.dumps({"batch": batch, "peak": asdict(peak)}).encode())
-        return dict(json.loads(storage.read(name)))
+        return self._record(name)
 
     def _peak_of(self, key: str, batch: int) -> PeakMemory:
         folder, info = self.bench.folder(key), self.bench.task.info
@@ -230,8 +245,8 @@ def _local_folder(bench: Workbench, key: str) -> Iterator[Path]:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="vitpareto-artefact-") as folder:
-        for name in (artefact.TENSORS, artefact.MANIFEST):
-            (Path(folder) / name).write_bytes(bench.storage.read(f"{prefix(key)}/{name}"))
+        for name, data in artefact.files(bench.folder(key)).items():
+            (Path(folder) / name).write_bytes(data)
         yield Path(folder)
 
 

@@ -27,6 +27,7 @@ from torch import nn
 from workers.measuring import timing
 from workers.measuring.timing import Arm
 from workers.measuring.ways import as_way, way_names
+from workers.node.storage_faults import check_child
 from workers.trial import Measurement
 
 CHILD_TIMEOUT_S = 3600
@@ -69,11 +70,6 @@ class StrongBaseline:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Reads what ``dataclasses.asdict`` and JSON made of a record."""
         return cls(**{**values, "noise_ratios": tuple(values["noise_ratios"])})
-
-    @classmethod
-    def from_json(cls, text: bytes) -> Self:
-        """Reads what :meth:`to_json` wrote."""
-        return cls.from_dict(json.loads(text))
 
     def to_json(self) -> bytes:
         """Returns the record as it is stored."""
@@ -170,6 +166,7 @@ def measure_itself(
 
     Raises:
         RuntimeError: the process failed; the message holds the end of its errors.
+        StorageFault: it could not read the artefact.
     """
     question = {
         "records": [asdict(record) for record in records],
@@ -187,6 +184,7 @@ def measure_itself(
         timeout=CHILD_TIMEOUT_S,
         cwd=Path(__file__).parents[2],
     )
+    check_child(done)
     if done.returncode:
         raise RuntimeError(f"the process of an A/A measurement failed: {done.stderr.strip()[-2000:]}")
     return [Measurement.from_dict(answer) for answer in json.loads(done.stdout.splitlines()[-1])]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from workers.model_info import ModelInfo
-from workers.models import local_weights, releases, vision_language
+from workers.models import hf_vit, local_weights, misfits, releases, timm_weights, vision_language
 from workers.models.timm_vit import ModelError
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ __all__ = [
     "describe",
     "family_of",
     "load_checkpoint_",
+    "loading_notes",
     "model_info",
     "skeleton",
 ]
@@ -43,9 +44,6 @@ FAMILIES = {"timm": "timm_vit", "vilt": "vilt", "meter": "meter"}
 
 _RELEASES = {"vilt": "vilt_release", "meter": "meter_release"}
 """Families whose published weights have other names than ours: the module that reads both."""
-
-_HEADS = ("head.", "head_dist.")
-"""Prefixes of the classifiers' tensors, in every family."""
 
 
 def _family(name: object) -> Any:
@@ -79,7 +77,11 @@ def describe(model: Mapping[str, Any], data: TaskInfo) -> dict[str, Any]:
 
 
 def skeleton(description: Mapping[str, Any]) -> nn.Module:
-    """Builds the structure that :func:`describe` described on the meta device: shapes without weights, eval mode."""
+    """Builds the structure that :func:`describe` described on the meta device: shapes without weights, eval mode.
+
+    Raises:
+        ModelError: settings other than those of :mod:`workers.model_settings`, or that make no model.
+    """
     module: nn.Module = _family(description.get("family")).create(description, device="meta")
     return module.eval()
 
@@ -101,17 +103,46 @@ def build(model: Mapping[str, Any], data: TaskInfo, *, device: str = "cpu", coun
     description = describe(model, data)
     if device == "meta":
         return skeleton(description)
-    family, checkpoint, train = description["family"], model.get("checkpoint"), bool(model.get("train"))
+    family, checkpoint = description["family"], model.get("checkpoint")
     pretrained, release = bool(model.get("pretrained")) and not checkpoint, _release(family)
     module: nn.Module
     if release is None:
         module = _family(family).create(description, pretrained=pretrained)
     else:
         module = _family(family).create(description)
-        checkpoint = release.fetch(data.task, train=train) if pretrained else checkpoint
+        checkpoint = release.fetch(data.task, train=bool(model.get("train"))) if pretrained else checkpoint
     if checkpoint:
-        load_checkpoint_(module, checkpoint, fresh_head=train, counted_answers=counted_answers)
+        for note in _load_(module, model, checkpoint, counted_answers=counted_answers):
+            log.warning("checkpoint %s: %s", checkpoint, note)
     return module.to(device)
+
+
+def loading_notes(model: Mapping[str, Any], data: TaskInfo, *, counted_answers: bool = False) -> list[str]:
+    """Returns what loading the model's checkpoint would change or choose, a sentence each, and makes sure that it fits.
+
+    The numbers are looked at and not kept: the model is one without weights.
+
+    Raises:
+        ModelError: see :func:`load_checkpoint_`.
+    """
+    checkpoint = model.get("checkpoint")
+    if not checkpoint:
+        return []
+    module = skeleton(describe(model, data))
+    return _load_(module, model, checkpoint, counted_answers=counted_answers)
+
+
+def _load_(module: nn.Module, model: Mapping[str, Any], checkpoint: str | Path, *, counted_answers: bool) -> list[str]:
+    return load_checkpoint_(
+        module,
+        checkpoint,
+        key=model.get("checkpoint_key"),
+        key_map=model.get("key_map"),
+        naming=model.get("naming"),
+        head_rows=model.get("head_rows"),
+        fresh_head=bool(model.get("train")),
+        counted_answers=counted_answers,
+    )
 
 
 def family_of(module: nn.Module) -> str:
@@ -130,10 +161,12 @@ def model_info(module: nn.Module, device: str = "cpu") -> ModelInfo:
 def checkpoint_digest(path: str | Path) -> str:
     """Returns the SHA-256 of the checkpoint's bytes in hexadecimal; of a folder's files of weights with their names.
 
+    A repository of the hub is downloaded, as :func:`workers.models.local_weights.located` says.
+
     Raises:
         ModelError: if a file cannot be read.
     """
-    path = Path(path).expanduser()
+    path = local_weights.located(path)
     try:
         if path.is_dir():
             files = local_weights.files(path)
@@ -146,25 +179,55 @@ def checkpoint_digest(path: str | Path) -> str:
 
 
 def load_checkpoint_(
-    module: nn.Module, path: str | Path, *, fresh_head: bool = False, counted_answers: bool = False
-) -> None:
-    """Loads weights into ``module`` in place: see :func:`workers.models.local_weights.read_tensors`. Every key must match.
+    module: nn.Module,
+    path: str | Path,
+    *,
+    key: str | None = None,
+    key_map: Mapping[str, str | None] | None = None,
+    naming: str | None = None,
+    head_rows: Sequence[int] | None = None,
+    fresh_head: bool = False,
+    counted_answers: bool = False,
+) -> list[str]:
+    """Loads weights into ``module`` in place: see :func:`workers.models.local_weights.read`. Every key must match.
 
-    Those of a vision-language family may have its release's names.
+    Those of a vision-language family may have its release's names. Those of a timm ViT are brought to its names and sizes
+    by :mod:`workers.models.timm_weights`.
 
     Args:
+        key: which of several state dicts in the file.
+        key_map: other names to timm's, see :mod:`workers.weight_names`.
+        naming: other names that are known: ``hf_vit``, transformers'.
+        head_rows: for each class of the data the row of the checkpoint's head.
         fresh_head: the weights are to be fine-tuned. A release's get a new head, as
             :func:`workers.models.releases.start_task_` says; all others keep theirs where it fits the classes.
         counted_answers: the classes of VQA are the most frequent answers of the data, so a release's head, whose answers
             have another order, is refused.
 
+    Returns:
+        What was done to the weights that changes what the model computes, and what was chosen: a sentence each.
+
     Raises:
         ModelError: the file is unreadable, holds pickled code, or its names or shapes are not those of the model. The
             module is then unchanged.
     """
-    weights = local_weights.read_tensors(path)
+    weights, notes = local_weights.read(path, key)
+    if any(tensor.is_meta for tensor in module.state_dict().values()):
+        weights = {name: tensor.to("meta") for name, tensor in weights.items()}
+    where = f"checkpoint {path}"
     release = _release(family_of(module))
-    if release is not None and any(name.startswith(release.PREFIX) for name in weights):
+    if release is None:
+        if naming == hf_vit.NAMING:
+            key_map = hf_vit.key_map(weights, teacher=hasattr(module, "dist_token"))
+        weights, more = timm_weights.bring(weights, module, key_map=key_map, fresh_head=fresh_head, where=where)
+        if head_rows is not None:
+            weights = timm_weights.in_order(weights, head_rows, more)
+        try:
+            local_weights.fit_(module, weights, where)
+        except ModelError as error:
+            raise ModelError(misfits.refusal(weights, module, str(error))) from None
+        return notes + more
+    if any(name.startswith(release.PREFIX) for name in weights):
         task = module.task
         if counted_answers and task == "vqa" and not fresh_head:
             raise ModelError(
@@ -179,16 +242,13 @@ def load_checkpoint_(
                 "set model.train: true for a new head"
             )
     elif fresh_head:
-        weights = _of_next_task(weights, module, path)
-    local_weights.fit_(module, weights, f"checkpoint {path}")
+        weights = _of_next_task(weights, module, notes)
+    local_weights.fit_(module, weights, where)
+    return notes
 
 
-def _of_next_task(weights: dict[str, Tensor], module: nn.Module, path: str | Path) -> dict[str, Tensor]:
+def _of_next_task(weights: dict[str, Tensor], module: nn.Module, notes: list[str]) -> dict[str, Tensor]:
     """Returns our own weights with the module's heads where theirs, of other classes or another task, do not fit."""
-    weights, own = dict(weights), module.state_dict()
-    heads, theirs = ({n: t for n, t in found.items() if n.startswith(_HEADS)} for found in (own, weights))
-    if {n: t.shape for n, t in heads.items()} != {n: t.shape for n, t in theirs.items()}:
-        log.warning("checkpoint %s: its head is not one of these classes; a new one is trained", path)
-        weights = {n: t for n, t in weights.items() if n not in theirs} | heads
+    weights = timm_weights.with_own_head(weights, module.state_dict(), notes)
     releases.second_image_(weights, module)
     return weights

@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from workers import model_settings
 from workers.inputs import Inputs
 from workers.model_info import ModelInfo
 from workers.models.timm_vit import ModelError
@@ -78,14 +79,13 @@ def describe(
         ModelError: every unknown name or setting, with the nearest known one, and every value that is refused.
     """
     name, create = model.get("name"), dict(model.get("create") or {})
-    known = [field.name for field in fields(shape)]  # type: ignore[arg-type]
-    faults = [f"model.create.{key} is no setting of {family}" + _near(key, known) for key in create if key not in known]
+    faults = model_settings.faults(family, create)
     if name is not None and name not in named:
         faults.append(f"model.name {name!r} is no {family}, known: {', '.join(named)}" + _near(name, list(named)))
     if faults:
         raise ModelError("; ".join(faults))
-    settings = {**(named[name] if name is not None else {}), **create}
-    return {"family": family, "name": name, "create": asdict(shape(**settings))}  # type: ignore[call-overload]
+    values = {**(named[name] if name is not None else {}), **create}
+    return {"family": family, "name": name, "create": asdict(shape(**values))}  # type: ignore[call-overload]
 
 
 def with_facts(

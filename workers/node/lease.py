@@ -4,24 +4,47 @@ A lease is a series of generation files ``<name>/<generation>.json``. Taking it 
 ``put_if_absent``, so exactly one taker wins, and the files count how often the thing was started. The holder rewrites its
 file every few seconds; a taker that sees no change for ``ttl_s`` on its own clock (no clock is compared across machines), or
 that finds the holder's process gone on its own machine, takes the next generation.
+
+Whether a taker won is not left to the answer of the storage, which may be lost, or be that of a repeated request: every taking
+has a nonce, and what lies in the storage says whose it is.
 """
 
 from __future__ import annotations
 
 import json
-import socket
+import logging
+import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-import psutil
+from workers.node.identity import alive, identity
+from workers.node.lease_records import generation_file, generations, holder, newest, parse, who
+from workers.node.storage import Storage, StorageFault
 
-from workers.node.storage import Storage
+__all__ = ["Lease", "LeaseHeld", "LeaseLost", "acquire", "generations", "holder"]
 
 TTL_S = 30.0
+"""A holder elsewhere that is silent for so long is succeeded."""
+
 HEARTBEAT_S = 5.0
+
+MARGIN_S = 10.0
+"""So long before its time to live is over a holder that could not renew its lease starts nothing more."""
+
+LIVING_TTL_S = 300.0
+"""A holder on this machine that lives and is silent for so long is stopped or cut off: whoever waits for it goes on without it."""
+
+TRIES = 5
+"""Writes in a row that left nothing in the storage, after which its fault is the caller's."""
+
+log = logging.getLogger("vitpareto")
+
+_nonces: set[str] = set()
+"""Of the leases that this process holds or is about to take; a record of this process with another one is nobody's."""
 
 
 class LeaseHeld(Exception):
@@ -29,7 +52,7 @@ class LeaseHeld(Exception):
 
     def __init__(self, name: str, owner: dict[str, Any]) -> None:
         self.owner = owner
-        super().__init__(f"{name} is held by process {owner.get('pid')} on {owner.get('host')}")
+        super().__init__(f"{name} is held by {who(owner)}")
 
 
 class LeaseLost(Exception):
@@ -39,37 +62,119 @@ class LeaseLost(Exception):
 class Lease:
     """A held lease; a context manager that releases it. Make one with :func:`acquire`."""
 
-    def __init__(self, storage: Storage, name: str, generation: int, owner: dict[str, Any]) -> None:
+    def __init__(self, storage: Storage, name: str, generation: int, owner: dict[str, Any], since: float) -> None:
+        """Starts renewing.
+
+        Args:
+            since: when the storage was asked for it, by :func:`_now`.
+        """
         self.storage, self.name, self.generation, self.owner = storage, name, generation, owner
+        self._renewed = since
+        self._successor: dict[str, Any] | None = None
+        self._unheard = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"lease {name}", daemon=True)
         self._thread.start()
 
+    # --- renewing -----------------------------------------------------------------------------------------------------
+
     def _beat(self) -> None:
         count = 0
-        while not self._stop.wait(HEARTBEAT_S):
+        while not self.lost and not self._stop.wait(HEARTBEAT_S):
             count += 1
             try:
-                self._write("held", beat=count)
-            except OSError:
-                continue  # the next beat tries again; a lease that cannot be written goes stale by itself
+                self._renew(count)
+            except Exception as error:  # noqa: BLE001 - storage libraries raise anything, and a thread that ends loses the lease
+                if not self._unheard:
+                    log.warning(
+                        "%s: the storage does not take the renewal of this lease (%s: %s); trying again every %g s",
+                        self.name,
+                        type(error).__name__,
+                        error,
+                        HEARTBEAT_S,
+                    )
+                self._unheard = True
+
+    def _renew(self, count: int) -> None:
+        asked = _now()
+        try:
+            self._write("held", beat=count)
+        finally:
+            self._look_for_successor()
+        if not self.lost:
+            self._renewed = asked
+        if self._unheard:
+            log.warning("%s: the storage answers again", self.name)
+            self._unheard = False
 
     def _write(self, state: str, **more: object) -> None:
-        record = {**self.owner, "state": state, **more}
-        self.storage.put_atomic(_file(self.name, self.generation), json.dumps(record).encode())
+        """Rewrites the record where it lies, and nowhere else: below a lost mount nobody would see it, and all would seem well."""
+        file, record = generation_file(self.name, self.generation), {**self.owner, "state": state, **more}
+        try:
+            found = parse(self.storage.read(file))
+        except FileNotFoundError:
+            raise StorageFault(f"{file} is gone: the folder was moved, or is not mounted any more") from None
+        if found.get("nonce", self.owner["nonce"]) != self.owner["nonce"]:
+            raise StorageFault(f"{file} is the record of {who(found)}: another folder is in the place of this one")
+        self.storage.put_atomic(file, json.dumps(record).encode())
+
+    def _look_for_successor(self) -> None:
+        try:
+            found = self.storage.read(generation_file(self.name, self.generation + 1))
+        except FileNotFoundError:
+            return
+        self._successor = parse(found)
+
+    # --- asked by its holder ------------------------------------------------------------------------------------------
+
+    @property
+    def lost(self) -> bool:
+        """A successor was seen. Asks nobody: a beat or :meth:`check` has looked."""
+        return self._successor is not None
+
+    @property
+    def unrenewed_s(self) -> float:
+        """Seconds since the storage was last asked to renew the lease and did; time in which the machine slept counts."""
+        return _now() - self._renewed
+
+    @property
+    def secure(self) -> bool:
+        """No successor can be there yet, nor within the next :data:`MARGIN_S`. Asks nobody, so it answers while nothing else does."""
+        return not self.lost and self.unrenewed_s < TTL_S - MARGIN_S
 
     def check(self) -> None:
-        """Raises LeaseLost if a successor has taken over."""
-        if self.storage.exists(_file(self.name, self.generation + 1)):
+        """Asks the storage for a successor.
+
+        A holder whose renewals failed for longer than its time to live, and whom nobody succeeded, still holds its lease.
+
+        Raises:
+            LeaseLost: there is one.
+            StorageFault: it cannot be known.
+        """
+        if not self.lost:
+            self._look_for_successor()
+        if self._successor is not None:
             raise LeaseLost(
-                f"{self.name}: generation {self.generation + 1} exists, this process is no longer the owner"
+                f"{self.name}: {who(self._successor)} has taken over (generation {self.generation + 1}), "
+                "since this process could not renew its lease in time"
             )
 
     def release(self, state: str = "released") -> None:
-        """Stops the heartbeat and records ``state`` (``released`` or ``failed``)."""
+        """Stops the heartbeat and records ``state`` (``released`` or ``failed``).
+
+        What was done under the lease is done, so a storage that does not take the record is only a warning: the lease ends
+        with the process or goes stale.
+        """
         self._stop.set()
         self._thread.join()
-        self._write(state)
+        try:
+            self._write(state)
+        except Exception as error:  # noqa: BLE001 - as in the heartbeat
+            log.warning(
+                "%s: the end of this lease could not be recorded: %s: %s", self.name, type(error).__name__, error
+            )
+        finally:
+            _nonces.discard(self.owner["nonce"])
 
     def __enter__(self) -> Self:
         return self
@@ -80,41 +185,12 @@ class Lease:
         self.release("released" if kind is None else "failed")
 
 
-def _file(name: str, generation: int) -> str:
-    return f"{name}/{generation:06d}.json"
+def _now() -> float:
+    """The holder's clock. It does not stop while the machine sleeps, as time.monotonic() does on Linux: others waited meanwhile."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
-def generations(storage: Storage, name: str) -> int:
-    """Returns how often the lease was taken so far: how often the thing it guards was started."""
-    return len(storage.files(name))
-
-
-def holder(storage: Storage, name: str) -> dict[str, Any] | None:
-    """Returns who holds the lease; None where nobody does, or a process of this machine that is gone."""
-    files = storage.files(name)
-    record = _parse(storage.read(f"{name}/{files[-1]}")) if files else {}
-    return record if record.get("state") == "held" and alive(record) is not False else None
-
-
-def identity() -> dict[str, Any]:
-    """Returns what names this process among all machines' past and present ones; :func:`alive` reads it."""
-    process = psutil.Process()
-    return {"host": socket.gethostname(), "pid": process.pid, "process_started": process.create_time()}
-
-
-def alive(record: Mapping[str, Any]) -> bool | None:
-    """Says whether the process with the :func:`identity` in ``record`` lives; None where it cannot be known from here."""
-    if record.get("host") != socket.gethostname():
-        return None
-    try:
-        process = psutil.Process(int(record["pid"]))
-        if abs(process.create_time() - float(record["process_started"])) > 1.0:
-            return False
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-    except (KeyError, TypeError, ValueError):
-        return None
+# --- taking -----------------------------------------------------------------------------------------------------------
 
 
 def acquire(
@@ -131,7 +207,8 @@ def acquire(
     Args:
         wait: called at every look while somebody else holds the lease; returning True ends the wait with None (what was
             wanted is there by now). None does not wait while the holder is alive: it raises.
-        ttl_s: seconds without a heartbeat after which a holder on another machine counts as dead.
+        ttl_s: seconds without a heartbeat after which a holder on another machine counts as dead; and for which one who
+            waits, or does not know whether his own write was executed, bears with a storage that does not answer.
         note: plain values that are recorded with the owner.
 
     Returns:
@@ -139,36 +216,112 @@ def acquire(
 
     Raises:
         LeaseHeld: the holder lives and ``wait`` is None.
+        StorageFault: the storage does not answer, or does not take the write.
     """
-    watched: bytes | None = None
-    since = 0.0
-    while True:
-        if wait is not None and wait():
-            return None
-        files = storage.files(name)
-        last = int(files[-1].removesuffix(".json")) if files else 0
-        content = storage.read(_file(name, last)) if last else b""
-        record = _parse(content)
-        if record.get("state") == "held":
-            lives = alive(record)
-            beaten = watched is not None and content != watched
-            if wait is None and (lives or beaten):
-                raise LeaseHeld(name, record)
-            if content != watched:
-                watched, since = content, time.monotonic()
-            if lives or (lives is None and time.monotonic() - since <= ttl_s):
-                time.sleep(poll_s)
-                continue
-        if wait is not None and wait():  # the holder finished between the first look and its release
-            return None
-        owner = {**(note or {}), **identity()}
-        if storage.put_if_absent(_file(name, last + 1), json.dumps({**owner, "state": "held"}).encode()):
-            return Lease(storage, name, last + 1, owner)
-
-
-def _parse(content: bytes) -> dict[str, Any]:
+    owner = {**(note or {}), **identity(), "nonce": uuid.uuid4().hex}
+    _nonces.add(owner["nonce"])  # before the write: another thread may see it first
+    lease = None
     try:
-        record = json.loads(content)
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
+        lease = _Taker(storage, name, owner, wait, ttl_s).take(poll_s)
+        return lease
+    finally:
+        if lease is None:
+            _nonces.discard(owner["nonce"])
+
+
+class _Taker:
+    """Somebody who wants a lease, between two looks at the storage."""
+
+    def __init__(
+        self, storage: Storage, name: str, owner: dict[str, Any], wait: Callable[[], bool] | None, ttl_s: float
+    ) -> None:
+        self.storage, self.name, self.owner, self.wait, self.ttl_s = storage, name, owner, wait, ttl_s
+        self.watched: bytes | None = None  # the holder's record, unchanged since
+        self.since = 0.0
+        self.asked = 0  # generation that may be ours: written, but the answer was not yes
+        self.asked_at = 0.0
+        self.refused = 0  # times that it was not there afterwards
+        self.gave_up = False
+        self.fault: OSError = StorageFault()
+
+    def take(self, poll_s: float) -> Lease | None:
+        answered = time.monotonic()
+        while True:
+            try:
+                ended, lease = self._look()
+                answered = time.monotonic()
+                if ended:
+                    return lease
+            except OSError:
+                patient = not self.gave_up and (self.asked or self.wait is not None)
+                if not patient or time.monotonic() - answered > self.ttl_s:
+                    raise
+            time.sleep(poll_s)
+
+    def _look(self) -> tuple[bool, Lease | None]:
+        """One look at the storage, and a write where the lease is free; (True, what :func:`acquire` returns) ends it."""
+        if not self.asked and self._done():
+            return True, None
+        last, content = newest(self.storage, self.name, self.asked)
+        record = parse(content)
+        if record.get("nonce") == self.owner["nonce"]:
+            return True, self._lease(last)
+        if self.asked > last:
+            self._count_refusal()
+        elif self.asked:  # somebody else's
+            self.asked = self.refused = 0
+        if not self._free(record, content):
+            return False, None
+        if self._done():  # the holder finished between the first look and its release
+            return True, None
+        return self._write(last + 1)
+
+    def _done(self) -> bool:
+        return self.wait is not None and self.wait()
+
+    def _lease(self, generation: int) -> Lease:
+        return Lease(self.storage, self.name, generation, self.owner, self.asked_at)
+
+    def _count_refusal(self) -> None:
+        """Raises the storage's fault where it takes no write: at once for who does not wait, the others have time."""
+        self.refused += 1
+        self.gave_up = self.refused >= TRIES and (self.wait is None or _now() - self.asked_at > self.ttl_s)
+        if self.gave_up:
+            raise self.fault
+
+    def _free(self, record: dict[str, Any], content: bytes) -> bool:
+        """Says whether nobody holds the lease whose newest record this is.
+
+        Raises:
+            LeaseHeld: somebody does, and nobody waits.
+        """
+        if record.get("state") != "held":
+            return True
+        lives = _lives(record)
+        beaten = self.watched is not None and content != self.watched
+        if self.wait is None and (lives or beaten):
+            raise LeaseHeld(self.name, record)
+        if content != self.watched:
+            self.watched, self.since = content, time.monotonic()
+        silent_s = time.monotonic() - self.since  # asleep, this machine has not listened: that time must not count
+        return lives is False or silent_s > (LIVING_TTL_S if lives else self.ttl_s)
+
+    def _write(self, generation: int) -> tuple[bool, Lease | None]:
+        if generation != self.asked:
+            self.asked, self.asked_at = generation, _now()
+        file = generation_file(self.name, generation)
+        try:
+            if self.storage.put_if_absent(file, json.dumps({**self.owner, "state": "held"}).encode()):
+                return True, self._lease(generation)
+            self.fault = StorageFault(f"{file}: the storage says that it is there, and does not show it")
+        except OSError as error:
+            self.fault = error
+        return False, None
+
+
+def _lives(record: dict[str, Any]) -> bool | None:
+    """As :func:`alive`; but what this very process does not hold it has given up, whatever the record says."""
+    lives = alive(record)
+    if lives and record.get("pid") == os.getpid():
+        return record.get("nonce") in _nonces
+    return lives

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +32,22 @@ class OnceAStudy:
     deadline: Deadline
 
     def __call__(self, name: str, make: Callable[[Callable[[], Iterator[tuple[Any, Tensor]]]], bytes]) -> bytes:
-        """Returns the file ``name``, which ``make`` gives from batches of (images, labels) if nobody has yet."""
+        """Returns the file ``name``, JSON, which ``make`` gives from batches of (images, labels) if nobody has yet.
+
+        A file that is no JSON is damaged and made again.
+        """
         path = f"{self.folder}/{name}"
+        self._make(path, make)
+        try:
+            found = self.storage.read(path)
+            json.loads(found)
+        except (ValueError, FileNotFoundError):
+            self.storage.delete(path)
+            self._make(path, make)
+            found = self.storage.read(path)
+        return found
+
+    def _make(self, path: str, make: Callable[[Callable[[], Iterator[tuple[Any, Tensor]]]], bytes]) -> None:
 
         def done() -> bool:
             # The holder of the lease may wait for a measurement, and that for us.
@@ -44,5 +59,5 @@ class OnceAStudy:
             if lease is not None:
                 with lease:
                     if not done():
-                        self.storage.put_atomic(path, make(self.batches))
-        return self.storage.read(path)
+                        data = make(self.batches)
+                        self.storage.put_if_absent(path, data)  # not over a successor's, which others read

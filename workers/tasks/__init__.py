@@ -10,6 +10,7 @@ from workers.tasks.task_info import IMAGES, TaskError, TaskInfo, TextInfo
 
 if TYPE_CHECKING:
     from workers.tasks.batches import TaskData
+    from workers.tasks.description import DataDescription
 
 __all__ = [
     "IMAGES",
@@ -20,6 +21,7 @@ __all__ = [
     "TaskInfo",
     "TextInfo",
     "data_digest",
+    "describe",
     "info",
     "kind_of",
     "load",
@@ -60,6 +62,22 @@ def info(data: Mapping[str, Any]) -> TaskInfo:
 
     source = image_sources.open_source(data)
     return image_sources.task_info(source, data)
+
+
+def describe(data: Mapping[str, Any]) -> DataDescription:
+    """Returns what a study of this data is trained and judged on: splits, classes, sizes, copies, a decoded sample.
+
+    Raises:
+        TaskError: the data cannot be used, or not with these settings.
+    """
+    if kind_of(data).task != IMAGES:
+        from workers.tasks import vision_language  # imports torch
+
+        return vision_language.describe(data)
+    from workers.tasks import description, image_sources  # import numpy and Pillow
+
+    source = image_sources.open_source(data)
+    return description.describe_images(source, data, image_sources.task_info(source, data))
 
 
 def data_digest(data: Mapping[str, Any]) -> str:

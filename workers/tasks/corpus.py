@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,9 +36,6 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
 
 REPORT_NAMES = ("test", "test1", "validation", "valid", "val", "dev")
 """Names of a part that can be the report split, the first present wins."""
-
-VALIDATION_NAMES = REPORT_NAMES[2:]
-"""Those of a validation part: retrieval's search split where it is not the report split."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +79,21 @@ class Corpus:
         digest: names the content.
         parts: ``train`` and ``test``; of retrieval also ``validation`` where the data has such a part beside the test part.
         pictures: of all parts, as the one part ``""``.
+        notes: what of the data is not read, a sentence each.
     """
 
     task: str
     class_names: tuple[str, ...]
     digest: str
     parts: Mapping[str, Part]
-    pictures: Pictures
+    pictures: CorpusPictures
+    notes: tuple[str, ...] = ()
+
+
+class CorpusPictures(Pictures, Protocol):
+    """Pictures in one part, ``""``, of a known number."""
+
+    def __len__(self) -> int: ...
 
 
 class ArrayPictures:
@@ -95,7 +101,9 @@ class ArrayPictures:
 
     def __init__(self, images: Images, digest: str) -> None:
         self.images, self.digest = images, digest
-        self.channels = int(images.shape[-1])
+
+    def __len__(self) -> int:
+        return len(self.images)
 
     def contents(self, part: str, wanted: NDArray[np.int64]) -> Iterator[tuple[int, Content, str]]:
         """See :class:`workers.tasks.pictures.Pictures`."""

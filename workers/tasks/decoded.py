@@ -8,14 +8,10 @@ neither the folder nor the Parquet file.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,14 +21,15 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from workers.tasks.encoded_images import cache_folder, decode, resize, squash, threads, write_atomic
+from workers.tasks.node_cache import cache_folder, in_threads, locked, write_atomic
 from workers.tasks.pictures import Content, Images, Pictures
+from workers.tasks.pixels import decode, resize, squash
 from workers.tasks.task_info import TaskError, TaskInfo
 
 DECODER = 2
 """Raised when the same bytes would give other pixels. The version of Pillow counts too."""
 
-_SELECTION = ("image_size", "search_fraction", "split_seed", "train_limit", "search_limit", "report_limit")
+_SELECTION = ("image_size", "search_fraction", "split_seed", "train_limit", "search_limit", "report_limit", "channels")
 """Keys of a data section that decide which images its splits hold, and their size."""
 
 
@@ -70,14 +67,6 @@ class Stored:
     moments: Moments
 
 
-@contextmanager
-def locked(key: str) -> Iterator[None]:
-    """One process of this node at a time; the kernel releases it for a process that dies."""
-    with (cache_folder() / f"{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _key(*parts: object) -> str:
     text = json.dumps([DECODER, version("pillow"), *parts])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -88,7 +77,8 @@ def _key(*parts: object) -> str:
 
 def index_key(data: Mapping[str, Any], digest: str) -> str:
     """Returns the key under which the splits of a data section are remembered."""
-    return _key("splits", data["kind"], digest, *(data.get(name) for name in _SELECTION))
+    chosen = [data.get(name) for name in _SELECTION]
+    return _key("splits", data["kind"], digest, *chosen[: None if chosen[-1] else -1])
 
 
 def remember(key: str, info: TaskInfo, splits: Mapping[str, tuple[str, NDArray[np.int64]]]) -> None:
@@ -132,17 +122,18 @@ def stored(key: str) -> Stored:
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
 
-def store(source: Pictures, part: str, rows: NDArray[np.int64], info: TaskInfo, fit: Fit) -> Stored:
+def store(source: Pictures, part: str, rows: NDArray[np.int64], info: TaskInfo, fit: Fit, digest: str) -> Stored:
     """Returns the decoded images of ``rows``, decoding those that no process of this node decoded before.
 
     Args:
+        digest: names content of the source and how its pixels are read.
         fit: how images of another size are brought to the task's; with "exact" they are a fault.
 
     Raises:
         TaskError: an image cannot be decoded or has another size, or the disk is too small.
     """
     shape = (len(rows), info.image_size, info.image_size, info.in_chans)
-    key = _key(source.digest, part, shape, fit, hashlib.sha256(rows.tobytes()).hexdigest())
+    key = _key(digest, part, shape, fit, hashlib.sha256(rows.tobytes()).hexdigest())
     folder = cache_folder()
     with locked(key):
         if not (folder / f"{key}.npy").is_file():
@@ -213,7 +204,7 @@ def _fill(
     fit: Fit,
 ) -> None:
     """Decodes what is not marked yet, a bounded number of images at a time; Pillow works outside Python's lock."""
-    channels = source.channels
+    channels = out.shape[-1]
 
     def one(position: int, content: Content, name: str) -> None:
         image = _fitted(decode(content, name, channels), out.shape[1:], name, fit)
@@ -223,18 +214,9 @@ def _fill(
         sums[position, -1] = 1
 
     missing = np.flatnonzero(sums[:, -1] != 1)
-    count = threads()
-    waiting: deque[Future[None]] = deque()
-    pool = ThreadPoolExecutor(count, "decode")
-    try:
-        for position, content, name in source.contents(part, rows[missing]):
-            waiting.append(pool.submit(one, int(missing[position]), content, name))
-            if len(waiting) > 4 * count:
-                waiting.popleft().result()
-        while waiting:
-            waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    found = source.contents(part, rows[missing])
+    for _ in in_threads(one, ((int(missing[position]), content, name) for position, content, name in found)):
+        pass
 
 
 def _fitted(image: Images, shape: tuple[int, ...], name: str, fit: Fit) -> Images:

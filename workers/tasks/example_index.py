@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from workers.tasks import decoded
 from workers.tasks.answers import SoftScores
-from workers.tasks.encoded_images import cache_folder, write_atomic
 from workers.tasks.example_splits import Splits
 from workers.tasks.examples import Examples
 from workers.tasks.kinds import TEXT_DEFAULTS
+from workers.tasks.node_cache import cache_folder, write_atomic
 from workers.tasks.task_info import TaskInfo
 from workers.tasks.tokenisers import folder_fingerprint
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from workers.tasks import answers, decoded
 from workers.tasks.corpus import ArrayPictures, Corpus, cut_groups, limited
-from workers.tasks.encoded_images import decode, squash
 from workers.tasks.encoded_texts import EncodedTexts
 from workers.tasks.examples import Examples
+from workers.tasks.pixels import decode, squash
 from workers.tasks.task_info import TaskError, TaskInfo
 
 CHANNELS = 3
@@ -57,11 +57,8 @@ def cut(corpus: Corpus, data: Mapping[str, Any]) -> Splits:
     keys = {}
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    for name, (part_name, rows) in _rows(corpus, float(data["search_fraction"]), seed).items():
+    for name, (part_name, chosen) in _chosen(corpus, data, classes).items():
         part = corpus.parts[part_name]
-        rows = classes.answerable(rows) if name == "train" else rows
-        counted = part.pictures[:, 0] if corpus.task == "retrieval" else np.arange(len(part))
-        chosen = limited(rows, counted, data.get(f"{name}_limit"), seed)
         used, pictures = np.unique(part.pictures[chosen], return_inverse=True)
         images, moments, keys[name] = _images(corpus, used, info, data)
         if name == "train":
@@ -78,6 +75,21 @@ def cut(corpus: Corpus, data: Mapping[str, Any]) -> Splits:
             std=std,
         )
     return Splits(info, examples, keys, texts.description())
+
+
+def split_rows(corpus: Corpus, data: Mapping[str, Any]) -> dict[str, tuple[str, NDArray[np.int64]]]:
+    """Returns split to the part of the corpus that it is of, and its examples there; training first."""
+    return _chosen(corpus, data, _Classes(corpus, data))
+
+
+def _chosen(corpus: Corpus, data: Mapping[str, Any], classes: _Classes) -> dict[str, tuple[str, NDArray[np.int64]]]:
+    seed, found = int(data["split_seed"]), {}
+    for name, (part_name, rows) in _rows(corpus, float(data["search_fraction"]), seed).items():
+        part = corpus.parts[part_name]
+        rows = classes.answerable(rows) if name == "train" else rows
+        counted = part.pictures[:, 0] if corpus.task == "retrieval" else np.arange(len(part))
+        found[name] = (part_name, limited(rows, counted, data.get(f"{name}_limit"), seed))
+    return found
 
 
 def _rows(corpus: Corpus, fraction: float, seed: int) -> dict[str, tuple[str, NDArray[np.int64]]]:
@@ -169,7 +181,7 @@ def _images(
     """Returns the pictures of ``rows``, their moments, and their key in the node's store."""
     if not isinstance(corpus.pictures, ArrayPictures):
         fit: decoded.Fit = "exact" if data.get("image_size") is None else "squash"
-        stored = decoded.store(corpus.pictures, "", rows, info, fit)
+        stored = decoded.store(corpus.pictures, "", rows, info, fit, corpus.digest)
         return stored.images, stored.moments, stored.key
     images = np.stack([squash(image, info.image_size) for image in corpus.pictures.images[rows]])
     wide = images.reshape(-1, CHANNELS).astype(np.int64)

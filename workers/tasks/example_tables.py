@@ -12,15 +12,14 @@ label       ``label``, ``gold_label``: truth values, numbers (names of a Hugging
 answers     ``answers`` (texts, or {answer: text}), ``answer``, ``multiple_choice_answer``
 same        ``image_id``, ``img_id``, ``filename``: rows with the same value have the same picture; else equal bytes do
 group       ``directory``, ``group``: rows with the same value are not divided by the search split; else the picture's
-part        ``split``; else file or folder names that begin with train, test, validation ...
+part        ``split``; else names of files and folders, see :mod:`workers.tasks.split_names`
 ==========  ==========================================================================================================
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from workers.tasks.corpus import (
     CLASSES,
     NO_CONSENSUS,
     REPORT_NAMES,
-    VALIDATION_NAMES,
     Collected,
     Corpus,
     Part,
@@ -39,8 +37,11 @@ from workers.tasks.corpus import (
     cut_groups,
     ten_answers,
 )
-from workers.tasks.encoded_images import file_digest, image_bytes
+from workers.tasks.encoded_images import image_bytes
+from workers.tasks.node_cache import file_digest
 from workers.tasks.pictures import REPORT_FRACTION, Content
+from workers.tasks.split_names import TEST, VALIDATION, Parts, part_of_word, parts_of_files, use_of_parts
+from workers.tasks.tables import blocks, encoded, features, rows_of, schema
 from workers.tasks.task_info import TaskError
 
 TEXT = ("sentence", "question", "hypothesis", "statement", "caption", "captions", "text")
@@ -54,43 +55,43 @@ UNLABELLED = (None, *NO_CONSENSUS)
 """What stands for no label."""
 
 
-def table_files(path: Path) -> list[Path]:
-    """Returns the tables that ``path`` is or holds, Parquet before Arrow; none where it is something else."""
-    if path.suffix in (".parquet", ".arrow"):
-        return [path]
-    for suffix in ("parquet", "arrow"):
-        found = sorted(file for file in path.rglob(f"*.{suffix}") if not file.name.startswith("cache-"))
-        if found:
-            return found
-    return []
-
-
 def read_tables(task: str, path: Path, files: list[Path]) -> Corpus:
     """Reads the data of a task from ``files``, which ``path`` is or holds.
 
     Raises:
         TaskError: a column is missing, or an example is broken.
     """
+    told = [file for file in files if "split" not in schema(file).names]
+    named = parts_of_files(path, told) if told and path.is_dir() else Parts({"": told}, "no name of a part")
+    part_of = {file: part for part, some in named.files.items() for file in some}
+    files = [file for file in files if file in part_of or file not in told]
     pictures = TablePictures(files, _columns(task, files[0]))
     found: dict[str, Collected] = {}
     for number, file in enumerate(files):
-        _read(task, path, number, file, pictures, found)
-    parts = _parts(task, path, {name: one for name, one in found.items() if one.texts})
-    named = [*map(file_digest, files), *(name for name in parts if name == "validation")]  # which was not read once
-    pictures.digest = hashlib.sha256("".join(named).encode()).hexdigest()[:16]
-    return Corpus(task, CLASSES[task], pictures.digest, parts, pictures)
+        _read(task, part_of.get(file, ""), number, file, pictures, found)
+    labelled = {name: one for name, one in found.items() if one.texts}
+    rule = named.rule if told else "column 'split'"
+    parts, notes = _parts(task, path, labelled, rule, found.keys() - labelled.keys())
+    digests = [*map(file_digest, files), *(name for name in parts if name == "validation")]  # which was not read once
+    if any(part and part != _beginning(file, path) for file, part in part_of.items()):
+        digests += [part_of.get(file, "") for file in files]
+    pictures.digest = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+    if named.left_out:
+        notes = (*notes, f"not read: {len(named.left_out):,} files of other configurations than the card's default")
+    return Corpus(task, CLASSES[task], pictures.digest, parts, pictures, notes)
 
 
 class TablePictures:
     """Pictures in cells of tables."""
-
-    channels = 3
 
     def __init__(self, files: list[Path], columns: Mapping[str, str]) -> None:
         self.files, self.digest = files, ""
         self.columns = [columns[name] for name in ("picture", "second") if name in columns]
         self.cells: list[tuple[int, int, int]] = []  # file, row, column
         self._rows: dict[object, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.cells)
 
     def row(self, cell: tuple[int, int, int], same: object, value: object, name: str) -> int:
         """Returns the row of a cell's picture; cells with equal ``same``, or else equal bytes, have one."""
@@ -111,12 +112,13 @@ class TablePictures:
                 mine.append(order[at])
                 at += 1
             rows = np.asarray([self.cells[wanted[position]][1] for position in mine], dtype=np.int64)
-            for first, block in _blocks(file, self.columns, rows):
+            for first, block in blocks(file, self.columns, rows):
                 low, high = np.searchsorted(rows, (first, first + len(block)))
                 for position in mine[low:high]:
                     _, row, column = self.cells[wanted[position]]
                     name = f"{file} row {row}"
-                    yield position, image_bytes(block[self.columns[column]][row - first].as_py(), name), name
+                    cell = encoded(block[self.columns[column]])[row - first].as_py()
+                    yield position, image_bytes(cell, name), name
 
 
 # --- examples ---------------------------------------------------------------------------------------------------------
@@ -124,7 +126,7 @@ class TablePictures:
 
 def _columns(task: str, file: Path) -> dict[str, str]:
     """Returns which column of the tables holds what."""
-    names = _schema(file).names
+    names = schema(file).names
     options: dict[str, tuple[str, ...]] = {"text": TEXT}
     if task == "vqa":
         options["answers"] = ANSWERS
@@ -148,20 +150,22 @@ def _columns(task: str, file: Path) -> dict[str, str]:
     return found | {what: one for what, known in extra.items() for one in known[::-1] if one in names}
 
 
-def _read(task: str, root: Path, number: int, file: Path, pictures: TablePictures, found: dict[str, Collected]) -> None:
+def _read(
+    task: str, by_file: str, number: int, file: Path, pictures: TablePictures, found: dict[str, Collected]
+) -> None:
     """Adds the examples of a file to the collections of their parts."""
     columns = _columns(task, file)
     names = _class_label_names(file, columns.get("label"))
     hashed = "same" not in columns
     wanted = [one for what, one in columns.items() if hashed or what not in ("picture", "second")]
-    by_file = _part_name(file, root)
     shown = [columns[what] for what in ("picture", "second") if what in columns]
     unlabelled: dict[str, str] = {}
-    for first, block in _blocks(file, wanted):
-        for offset, values in enumerate(block.to_pylist()):
+    for first, block in blocks(file, wanted):
+        for offset, values in enumerate(rows_of(file, first, block)):
             row = first + offset
             name = f"{file} row {row}"
-            part = str(values[columns["split"]]) if "split" in columns else by_file
+            said = values[columns["split"]] if "split" in columns else by_file
+            part = "" if said is None else str(said)
             into = found.setdefault(part, Collected())
             more = _targets(task, values, columns, names, name)
             if more is None:
@@ -204,100 +208,48 @@ def _targets(
 
 def _class_label_names(file: Path, column: str | None) -> list[str]:
     """Returns the names that Hugging Face datasets gave to the numbers of a column, if it did and they are classes."""
-    metadata = (_schema(file).metadata or {}).get(b"huggingface")
-    if column is None or metadata is None:
-        return []
-    feature = json.loads(metadata).get("info", {}).get("features", {}).get(column, {})
-    names = [str(one).lower() for one in feature.get("names") or ()] if isinstance(feature, dict) else []
-    return names if any(set(names) == set(classes) for classes in CLASSES.values()) else []
+    names = features(schema(file)).get(column or "", {}).get("names")
+    lower = [str(one).lower() for one in names] if isinstance(names, list) else []
+    return lower if any(set(lower) == set(classes) for classes in CLASSES.values()) else []
 
 
-def _part_name(file: Path, root: Path) -> str:
-    """Returns the part that a file's name, or that of a folder of it below the root, begins with."""
+def _beginning(file: Path, root: Path) -> str:
+    """Returns the part that the name of a file, or of a folder of it below the root, begins with: how parts were told at first."""
     below = file.relative_to(root).parts[::-1] if file != root else (file.name,)
-    return next((part for name in below for part in ("train", *REPORT_NAMES) if name.lower().startswith(part)), "")
+    word = next((one for name in below for one in ("train", *REPORT_NAMES) if name.lower().startswith(one)), "")
+    return part_of_word(word) or word
 
 
-def _parts(task: str, path: Path, found: dict[str, Collected]) -> dict[str, Part]:
-    """Returns the parts; a test part is cut from the training examples where the data names none."""
-    for name in found:
-        if name not in (meant := ("train", *REPORT_NAMES)) and name.strip().lower() in meant:
-            raise TaskError(
-                f"{found[name].names[0]}: the part {name!r} must be written {name.strip().lower()!r}; correct the column split"
-            )
-    if set(found) <= {"", "None", "train"}:
-        if not found:
-            raise TaskError(f"{path}: must hold examples with labels, it has none")
-        whole = Collected()
-        for one in found.values():
-            for mine, others in zip(vars(whole).values(), vars(one).values(), strict=True):
-                mine += others
-        part = whole.part()
-        return dict(
-            zip(("train", "test"), (part[rows] for rows in cut_groups(part.groups, REPORT_FRACTION, 0)), strict=True)
-        )
-    test = next((name for name in REPORT_NAMES if name in found), None)
-    if "train" not in found or test is None:
-        raise TaskError(
-            f"{path}: must have the part train and one of {', '.join(REPORT_NAMES)} with labels, by a column split or by "
-            f"file names; has {', '.join(sorted(found))}"
-        )
-    parts = {"train": found["train"].part(), "test": found[test].part()}
-    own = next((name for name in VALIDATION_NAMES if name in found and name != test), None)
-    if own is not None and task == "retrieval":
-        parts["validation"] = found[own].part()
-    return parts
+def _parts(
+    task: str, path: Path, found: Mapping[str, Collected], rule: str, unlabelled: Iterable[str]
+) -> tuple[dict[str, Part], tuple[str, ...]]:
+    """Returns the parts, and what is said of others; a test part is cut from the training examples where the data names none."""
+    if not found:
+        raise TaskError(f"{path}: must hold examples with labels, it has none")
+    tests = () if any(part_of_word(name) == TEST for name in found) else ("test1",)
+    use = use_of_parts(path, {name: one.names[0] for name, one in found.items()}, rule, tests)
+    notes = [
+        f"parts are told by {rule}"
+        if use.train
+        else "nothing tells a test part: a fifth of the groups is the report split"
+    ]
+    notes += [f"the part {name!r} has no labels and is not used" for name in sorted(unlabelled)]
+    if not use.train:
+        part = _joined(found, found)
+        kept = zip(("train", "test"), (part[rows] for rows in cut_groups(part.groups, REPORT_FRACTION, 0)), strict=True)
+        return dict(kept), tuple(notes)
+    parts = {"train": _joined(found, use.train), "test": _joined(found, use.report)}
+    own = {name for name in use.unused if part_of_word(name) == VALIDATION}
+    if own and task == "retrieval":
+        parts["validation"] = _joined(found, own)
+    unused = use.unused - (own if "validation" in parts else set())
+    notes += [f"the part {name!r} is not used: {len(found[name].texts):,} examples" for name in sorted(unused)]
+    return parts, tuple(notes)
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
-def _schema(file: Path) -> Any:
-    import pyarrow as pa  # a tenth of a second, which other data need not wait for; so below
-    import pyarrow.parquet as pq
-
-    try:
-        if file.suffix == ".parquet":
-            return pq.read_schema(file)
-        with _open_arrow(file) as reader:
-            return reader.schema
-    except (OSError, pa.ArrowInvalid) as error:
-        raise TaskError(f"{file}: must be a Parquet or an Arrow file: {error}; write it again") from error
-
-
-def _open_arrow(file: Path) -> Any:
-    """Opens the streaming format, which ``save_to_disk`` writes, or the file format; both mapped, not read."""
-    import pyarrow as pa
-
-    try:
-        return pa.ipc.open_stream(pa.memory_map(str(file)))
-    except pa.ArrowInvalid:
-        return pa.ipc.open_file(pa.memory_map(str(file)))
-
-
-def _blocks(file: Path, columns: list[str], rows: NDArray[np.int64] | None = None) -> Iterator[tuple[int, Any]]:
-    """Yields (row of its first, table) of each block of a file that holds some of the ascending ``rows``, or of all."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    def asked(start: int, stop: int) -> bool:
-        return rows is None or bool(np.diff(np.searchsorted(rows, (start, stop)))[0])
-
-    start = 0
-    if file.suffix == ".parquet":
-        with pq.ParquetFile(file) as opened:
-            for group in range(opened.num_row_groups):
-                stop = start + opened.metadata.row_group(group).num_rows
-                if asked(start, stop):
-                    yield start, opened.read_row_group(group, columns=columns)
-                start = stop
-        return
-    with _open_arrow(file) as reader:
-        batches = (
-            reader if hasattr(reader, "read_next_batch") else map(reader.get_batch, range(reader.num_record_batches))
-        )
-        for batch in batches:
-            stop = start + len(batch)
-            if asked(start, stop):
-                yield start, pa.Table.from_batches([batch]).select(columns)
-            start = stop
+def _joined(found: Mapping[str, Collected], names: Iterable[str]) -> Part:
+    whole = Collected()
+    for name in [name for name in found if name in set(names)]:
+        for mine, others in zip(vars(whole).values(), vars(found[name]).values(), strict=True):
+            mine += others
+    return whole.part()

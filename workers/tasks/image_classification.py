@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from workers.tasks import decoded
 from workers.tasks.batches import Split
-from workers.tasks.encoded_images import resize
 from workers.tasks.image_sources import ArraySource, open_source, task_info
-from workers.tasks.pictures import Source, cut
+from workers.tasks.node_cache import locked
+from workers.tasks.opening import given
+from workers.tasks.pictures import Source, split_rows
+from workers.tasks.pixels import resize, with_channels
 from workers.tasks.task_info import TaskError, TaskInfo
 
 __all__ = ["Split", "Task", "load"]
@@ -55,7 +57,7 @@ def load(data: Mapping[str, Any]) -> Task:
     if not isinstance(source, ArraySource) or source.worth_storing(data.get("image_size")):
         return _task(data, *_decoded(source, data))
     info = task_info(source, data)
-    arrays = {name: _in_memory(source, part, rows, info) for name, (part, rows) in _rows(source, data).items()}
+    arrays = {name: _in_memory(source, part, rows, info) for name, (part, rows) in split_rows(source, data).items()}
     mean, std = _moments(arrays["train"][0])
     return _normalised(data, info, arrays, mean, std)
 
@@ -64,30 +66,19 @@ Arrays = dict[str, tuple[NDArray[Any], NDArray[np.int64]]]
 """Name of a split to its images (N, S, S, C) and labels (N,)."""
 
 
-def _rows(source: Source, data: Mapping[str, Any]) -> dict[str, tuple[str, NDArray[np.int64]]]:
-    """Cuts the splits: name to (part of the source, rows of that part)."""
-    seed = int(data.get("split_seed") or 0)
-    kept, off = cut(source.labels["train"], float(data.get("search_fraction", 0.2)), seed)
-    return {
-        "train": ("train", _limit(kept, data.get("train_limit"), seed)),
-        "search": ("train", _limit(off, data.get("search_limit"), seed)),
-        "report": ("test", _limit(np.arange(len(source.labels["test"])), data.get("report_limit"), seed)),
-    }
-
-
 def _decoded(
     source: Source, data: Mapping[str, Any]
 ) -> tuple[TaskInfo, dict[str, tuple[decoded.Stored, NDArray[np.int64]]]]:
     """Returns the decoded splits; the first process of the node decodes and writes the index, the others find it."""
     key = decoded.index_key(data, source.digest)
-    with decoded.locked(key):
+    with locked(key):
         if known := decoded.recall(key):
             return known
         info = task_info(source, data)
         fit: decoded.Fit = "exact" if data.get("image_size") is None else "crop"
         splits = {
-            name: (decoded.store(source, part, rows, info, fit), source.labels[part][rows])
-            for name, (part, rows) in _rows(source, data).items()
+            name: (decoded.store(source, part, rows, info, fit, source.digest), source.labels[part][rows])
+            for name, (part, rows) in split_rows(source, data).items()
         }
         decoded.remember(key, info, {name: (found.key, labels) for name, (found, labels) in splits.items()})
     return info, splits
@@ -105,7 +96,7 @@ def _task(
 def _normalised(
     data: Mapping[str, Any], info: TaskInfo, arrays: Arrays, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Task:
-    mean, std = (_given(data, name, found, info.in_chans) for name, found in (("mean", mean), ("std", std)))
+    mean, std = (given(data, name, info.in_chans) or found for name, found in (("mean", mean), ("std", std)))
     train, search, report = (Split(*arrays[name], mean, std) for name in ("train", "search", "report"))
     return Task(info, train, search, report)
 
@@ -119,24 +110,8 @@ def _in_memory(
         return found[rows], source.labels[part][rows]
     out = np.empty(shape, dtype=found.dtype)
     for position, row in enumerate(rows):
-        out[position] = resize(found[row], info.image_size)
+        out[position] = resize(with_channels(found[row], info.in_chans), info.image_size)
     return out, source.labels[part][rows]
-
-
-def _limit(rows: NDArray[np.int64], limit: int | None, seed: int) -> NDArray[np.int64]:
-    """Returns ``limit`` of the rows at random; a larger limit keeps those of a smaller one."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return np.sort(np.random.default_rng(seed).permutation(rows)[:limit])
-
-
-def _given(data: Mapping[str, Any], name: str, found: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    values = data.get(name)
-    if values is None:
-        return found
-    if len(values) != channels or (name == "std" and min(values) <= 0):
-        raise TaskError(f"data.{name} must have one value for each of {channels} channels (std above 0), got {values}")
-    return tuple(float(v) for v in values)
 
 
 def _moments(images: NDArray[Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:

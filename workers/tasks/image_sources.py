@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.tasks.encoded_images import decode
+from workers.tasks.encoded_images import EncodedSource
 from workers.tasks.opening import check_digest, opened, place
 from workers.tasks.pictures import REPORT_FRACTION, Content, Images, Labels, Source, cut
+from workers.tasks.pixels import decode
 from workers.tasks.task_info import TaskError, TaskInfo
 
 
@@ -29,17 +32,33 @@ def open_source(data: Mapping[str, Any]) -> Source:
 
 
 def task_info(source: Source, data: Mapping[str, Any]) -> TaskInfo:
-    """Returns number of classes, channels and side length, from the source's first training image."""
-    _, content, name = next(source.contents("train", np.zeros(1, dtype=np.int64)))
-    image = decode(content, name, None)
-    height, width, channels = image.shape
+    """Returns number of classes, channels and side length, by the source's first training image.
+
+    Raises:
+        TaskError: images of no one size, or too few for a search split.
+    """
+    if np.unique(source.labels["train"], return_counts=True)[1].max() < 2:
+        raise TaskError(
+            f"{place(data)}: the search split would be empty: some class must have 2 training images or more, each has 1; "
+            "add images"
+        )
+    height, width, name = _first_sides(source)
     size = data.get("image_size")
     if size is None and height != width:
         raise TaskError(
-            f"{data.get('path')}: images must be square, the first one is {height}x{width}; "
-            "set data.image_size to resize and crop"
+            f"{name}: images must be square, the first one is {height}x{width}; set data.image_size to resize and crop"
         )
+    channels = int(data.get("channels") or source.channels)
     return TaskInfo(len(source.class_names), channels, int(size or height), source.class_names)
+
+
+def _first_sides(source: Source) -> tuple[int, int, str]:
+    """Returns height, width and name of the first training image."""
+    _, content, name = next(source.contents("train", np.zeros(1, dtype=np.int64)))
+    if isinstance(source, EncodedSource) and (sides := source.facts["train"].sides[0]).any():
+        return int(sides[0]), int(sides[1]), name
+    height, width, _ = decode(content, name, None).shape
+    return height, width, name
 
 
 def _check_labels(source: Source, name: str) -> None:
@@ -47,7 +66,10 @@ def _check_labels(source: Source, name: str) -> None:
     classes = len(source.class_names)
     for part, labels in source.labels.items():
         if not len(labels):
-            raise TaskError(f"{name}: the {part} part must hold images, it is empty")
+            raise TaskError(
+                f"{name}: the {part} part must hold images, it is empty"
+                + ("; some class must have 2 images or more, from which it could be cut" if part == "test" else "")
+            )
         wrong = np.flatnonzero((labels < 0) | (labels >= classes))
         if len(wrong):
             raise TaskError(
@@ -59,6 +81,11 @@ def _check_labels(source: Source, name: str) -> None:
         raise TaskError(
             f"{name}: every label from 0 to {classes - 1} must have training images, {missing[0]} has none; "
             "number the classes without gaps"
+        )
+    if classes < 2:
+        raise TaskError(
+            f"{name}: must have images of two classes or more, has {source.class_names[0]!r} alone; add others, or put the "
+            "classes' folders or numbers where they belong"
         )
 
 
@@ -98,17 +125,19 @@ def open_digits(data: Mapping[str, Any]) -> ArraySource:
 @cache
 def digits() -> ArraySource:
     """scikit-learn's handwritten digits: 1,797 images of 8x8, float32 from 0 to 16 (UCI Optical Recognition, 1998)."""
-    from sklearn.datasets import load_digits  # seconds, which other data need not wait for
-
-    found = load_digits()
-    images = np.ascontiguousarray(found.images, dtype=np.float32)[..., None]
-    labels = found.target.astype(np.int64)
+    spec = find_spec("sklearn")
+    assert spec is not None  # a requirement
+    assert spec.origin is not None
+    # The file that `sklearn.datasets.load_digits` reads: importing scikit-learn for it takes every process a second.
+    table = np.loadtxt(Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    images = np.ascontiguousarray(table[:, :-1].reshape(-1, 8, 8, 1), dtype=np.float32)
+    labels = table[:, -1].astype(np.int64)
     digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:16]
     train, test = cut(labels, REPORT_FRACTION, seed=0)
     return ArraySource(
         {"train": images[train], "test": images[test]},
         {"train": labels[train], "test": labels[test]},
-        [str(n) for n in found.target_names],
+        [str(n) for n in range(10)],
         digest,
     )
 

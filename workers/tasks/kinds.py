@@ -6,6 +6,7 @@ model, accuracies and training is the task's matter, and stands with those.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,9 +14,13 @@ from typing import Any, Literal
 
 from workers.tasks.task_info import IMAGES, TaskError
 
-PathRule = Literal["needed", "fetched", "forbidden", "unused"]
-"""``data.path`` must say where the data lies; or where it is downloaded to if it does not lie there; or must be left out;
-or may be given and is not read."""
+PathRule = Literal["needed", "named", "fetched", "forbidden", "unused"]
+"""``data.path`` must say where the data lies; or that, or ``owner/name`` of the Hugging Face hub; or where it is downloaded to if
+it does not lie there; or must be left out; or may be given and is not read."""
+
+
+HUB_NAME = re.compile(r"(?!\.)([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+"""Owner and name of a data set of the Hugging Face hub, and a revision where one is meant."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class DataKind:
             texts a ``workers.tasks.corpus.Corpus``. It raises ``workers.tasks.TaskError`` for what is missing or broken.
         path: what the section says of the place.
         path_remedy: what to do, for who broke that rule.
+        white: the largest value of a pixel, in the units of ``data.mean`` and ``data.std``.
         randaugment: whether RandAugment can work on the images, which it does on 8-bit pictures, where the task allows it.
     """
 
@@ -39,11 +45,16 @@ class DataKind:
     path: PathRule
     path_remedy: str = "name the folder or file with the images"
     randaugment: bool = True
+    white: float = 1.0
 
     @property
     def needs_path(self) -> bool:
         """Whether a study must say where the data lies."""
-        return self.path in ("needed", "fetched")
+        return self.path in ("needed", "named", "fetched")
+
+    def is_name(self, path: object) -> bool:
+        """Returns whether a path that is none here may be the name of a data set of the hub."""
+        return self.path == "named" and isinstance(path, str) and HUB_NAME.fullmatch(path) is not None
 
     def open(self, data: Mapping[str, Any]) -> Any:
         """Opens the data of a section of this kind; see :attr:`opener`."""
@@ -56,11 +67,14 @@ _SHIPPED = "the digits come with scikit-learn"
 KINDS: Mapping[str, DataKind] = {
     kind.name: kind
     for kind in (
-        DataKind("digits", IMAGES, "workers.tasks.image_sources:open_digits", "unused", _SHIPPED, randaugment=False),
+        DataKind(
+            "digits", IMAGES, "workers.tasks.image_sources:open_digits", "unused", _SHIPPED, randaugment=False, white=16
+        ),
         DataKind("cifar10", IMAGES, "workers.tasks.image_sources:open_cifar10", "fetched"),
         DataKind("cifar100", IMAGES, "workers.tasks.image_sources:open_cifar100", "fetched"),
-        DataKind("imagefolder", IMAGES, "workers.tasks.encoded_images:open_folder", "needed"),
-        DataKind("parquet", IMAGES, "workers.tasks.encoded_images:open_parquet", "needed"),
+        DataKind("imagefolder", IMAGES, "workers.tasks.image_folder:open_folder", "needed"),
+        DataKind("parquet", IMAGES, "workers.tasks.image_tables:open_parquet", "needed"),
+        DataKind("huggingface", IMAGES, "workers.tasks.hugging_face:open_dataset", "named"),
         DataKind("digit_vqa", "vqa", "workers.tasks.digit_tasks:open_vqa", "forbidden", _SHIPPED),
         DataKind("digit_entailment", "entailment", "workers.tasks.digit_tasks:open_entailment", "forbidden", _SHIPPED),
         DataKind("digit_nlvr", "nlvr2", "workers.tasks.digit_tasks:open_nlvr", "forbidden", _SHIPPED),

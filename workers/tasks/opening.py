@@ -38,3 +38,17 @@ def check_digest(data: Mapping[str, Any], found: str) -> None:
             f"{place(data)}: content must be the study's (digest {expected}), this node's has digest {found}; "
             "copy the same data to every node, or start a new study for the new data"
         )
+
+
+def given(data: Mapping[str, Any], name: str, channels: int) -> tuple[float, ...] | None:
+    """Returns the section's own ``mean`` or ``std``, None where it says none.
+
+    Raises:
+        TaskError: it has another number of values than images have channels, or a deviation is none.
+    """
+    values = data.get(name)
+    if values is None:
+        return None
+    if len(values) != channels or (name == "std" and min(values) <= 0):
+        raise TaskError(f"data.{name} must have one value for each of {channels} channels (std above 0), got {values}")
+    return tuple(float(value) for value in values)

@@ -15,27 +15,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.tasks.corpus import CLASSES, NO_CONSENSUS, Collected, Corpus, checked_label, ten_answers
-from workers.tasks.encoded_images import IMAGE_SUFFIXES, folder_digest
-from workers.tasks.example_tables import read_tables, table_files
+from workers.tasks.example_tables import read_tables
 from workers.tasks.kinds import kind_of
+from workers.tasks.node_cache import folder_digest
 from workers.tasks.pictures import Content
+from workers.tasks.pixels import IMAGE_SUFFIXES
+from workers.tasks.split_names import is_hidden
+from workers.tasks.tables import table_files
 from workers.tasks.task_info import TaskError
 
 
 class FilePictures:
     """Pictures in files below a folder, found by name."""
 
-    channels = 3
-
     def __init__(self, root: Path) -> None:
         self.root, self.digest = root, ""
         self._found: dict[str, list[Path]] = {}
         for file in sorted(root.rglob("*")):
-            if file.suffix.lower() in IMAGE_SUFFIXES:
+            if file.suffix.lower() in IMAGE_SUFFIXES and not _hidden(file, root):
                 self._found.setdefault(file.name, []).append(file)
         self._rows: dict[str, int] = {}
         self.files: list[Path] = []
         self._shown_by: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.files)
 
     def row(self, name: str, example: str) -> int:
         """Returns the row of the picture in the file ``name``.
@@ -202,10 +206,16 @@ open_captions = partial(_open, _captions)
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+def _hidden(file: Path, root: Path) -> bool:
+    *folders, name = file.relative_to(root).parts
+    return name.startswith(".") or any(map(is_hidden, folders))
+
+
 def _one(root: Path, *patterns: str) -> Path:
     """Returns the file of the first pattern that fits any, the one nearest to the root."""
     for pattern in patterns:
-        found = sorted(root.rglob(pattern), key=lambda file: (len(file.parts), str(file)))
+        there = (file for file in root.rglob(pattern) if not _hidden(file, root))
+        found = sorted(there, key=lambda file: (len(file.parts), str(file)))
         if found:
             return found[0]
     raise TaskError(f"{root}: must hold {' or '.join(patterns)} in some folder; unpack the published files there")
@@ -228,7 +238,7 @@ def _list(file: Path, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _lines(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yields (name for messages, object) of each line that is not blank."""
-    with file.open(encoding="utf-8") as opened:
+    with file.open("rb") as opened:
         for number, line in enumerate(opened, start=1):
             if not line.strip():
                 continue

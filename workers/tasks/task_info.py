@@ -13,6 +13,14 @@ IMAGES = "image_classification"
 class TaskError(ValueError):
     """The data cannot be used; the message names the file, the row, the rule and the remedy."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(writable(message))
+
+
+def writable(text: str) -> str:
+    """Returns text that can be written: bytes of file names that are no UTF-8 are spelt out, as ``\\xe9``."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
 
 @dataclass(frozen=True)
 class TextInfo:

@@ -114,10 +114,10 @@ def _published(name: str) -> Any:
     from transformers import AutoTokenizer  # takes seconds
 
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         try:
-            return AutoTokenizer.from_pretrained(name)
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # the hub's client, the file formats and the parsers raise all kinds
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise TaskError(

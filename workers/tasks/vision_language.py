@@ -7,13 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from workers.tasks import decoded, example_index
+from workers.tasks import example_index
 from workers.tasks.answers import vocabulary_digest
 from workers.tasks.corpus import ArrayPictures, Corpus
-from workers.tasks.example_splits import Splits, cut, task_info
+from workers.tasks.description import DataDescription, describe_corpus
+from workers.tasks.example_splits import Splits, cut, split_rows, task_info
 from workers.tasks.examples import Examples
+from workers.tasks.image_facts import Facts, facts_of, known_digest
 from workers.tasks.kinds import TEXT_DEFAULTS
-from workers.tasks.opening import check_digest, opened
+from workers.tasks.node_cache import locked
+from workers.tasks.opening import check_digest, given, opened
 from workers.tasks.task_info import TaskError, TaskInfo
 
 __all__ = ["VisionLanguageTask", "data_digest", "info", "load"]
@@ -60,7 +63,7 @@ def load(data: Mapping[str, Any]) -> VisionLanguageTask:
     if isinstance(corpus.pictures, ArrayPictures):
         return _task(data, cut(corpus, data))
     key = example_index.key(data, corpus.digest)
-    with decoded.locked(key):
+    with locked(key):
         known = example_index.recall(key)
         if known is None:
             known = cut(corpus, data)
@@ -76,6 +79,14 @@ def info(data: Mapping[str, Any]) -> TaskInfo:
     return task_info(open_corpus(data), data)
 
 
+def describe(data: Mapping[str, Any]) -> DataDescription:
+    """Returns what a study of this data is trained and judged on; see :func:`workers.tasks.describe`."""
+    data = _settings(data)
+    corpus = open_corpus(data)
+    facts = None if isinstance(corpus.pictures, ArrayPictures) else picture_facts(corpus)
+    return describe_corpus(corpus, facts, split_rows(corpus, data), data, task_info(corpus, data))
+
+
 def data_digest(data: Mapping[str, Any]) -> str:
     """Returns 16 hexadecimal digits that name the content; see :func:`workers.tasks.data_digest`."""
     return open_corpus(data).digest
@@ -88,8 +99,15 @@ def open_corpus(data: Mapping[str, Any]) -> Corpus:
         TaskError: it is missing or broken, or its content has another digest than ``data["digest"]``.
     """
     corpus: Corpus = opened(data)
+    if not isinstance(corpus.pictures, ArrayPictures):
+        corpus = replace(corpus, digest=known_digest(corpus.digest, [picture_facts(corpus)]))
     check_digest(data, corpus.digest)
     return corpus
+
+
+def picture_facts(corpus: Corpus) -> Facts:
+    """Returns the facts about all pictures of a corpus."""
+    return facts_of(corpus.pictures, "", len(corpus.pictures), corpus.pictures.digest)
 
 
 def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,15 +130,7 @@ def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _task(data: Mapping[str, Any], splits: Splits) -> VisionLanguageTask:
     """Puts the section's own mean and deviation in the place of the training pictures' where it gives some."""
-    values: dict[str, Any] = {}
-    for name in ("mean", "std"):
-        given = data.get(name)
-        channels = splits.info.in_chans
-        if given is not None and (len(given) != channels or (name == "std" and min(given) <= 0)):
-            raise TaskError(
-                f"data.{name} must have one value for each of {channels} channels (std above 0), got {given}"
-            )
-        if given is not None:
-            values[name] = tuple(float(value) for value in given)
+    known = {name: given(data, name, splits.info.in_chans) for name in ("mean", "std")}
+    values: dict[str, Any] = {name: found for name, found in known.items() if found is not None}
     train, search, report = (replace(splits.examples[name], **values) for name in ("train", "search", "report"))
     return VisionLanguageTask(splits.info, train, search, report, splits.text)

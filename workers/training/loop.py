@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from workers import evaluation
 from workers.inputs import Inputs
+from workers.node.deadline import DeadlineExceeded
 from workers.tasks.batches import LabelledData, Reader, Split
 from workers.techniques.record import LossInputs
 from workers.training.augmentation import Augmentation
@@ -89,6 +90,7 @@ def train(
 
     Raises:
         TrainingDiverged: the loss is not finite.
+        DeadlineExceeded: ``tick`` did, with how far the training came; its state is kept in ``checkpoints``.
         ValueError: settings that are unknown or do not go with the arguments.
     """
     found = TrainingSettings.read(settings)
@@ -141,17 +143,20 @@ class _Training:
             total=settings.epochs * math.ceil(len(split) / settings.batch_size),
         )
         self._looked = time.monotonic()
+        self._kept = 0
 
     def run(self) -> TrainingReport:
-        started, state = time.monotonic(), self.state
+        started, state, resumed_at = time.monotonic(), self.state, 0
         loader = self._loader()
         self.model.train()
         try:
             with _seeded(self.seed, self.device), _grad_checkpointing(self.model, self.settings.grad_checkpointing):
-                resumed_at = self._resume()
+                resumed_at = self._kept = self._resume()
                 while state.epoch < self.settings.epochs and not self._out_of_patience():
                     self._run_epoch(loader)
                     self._end_epoch()
+        except DeadlineExceeded as error:
+            raise DeadlineExceeded(f"{error}; {self._reached(time.monotonic() - started, resumed_at)}") from None
         except TrainingDiverged:
             if self.checkpoints is not None:
                 self.checkpoints.clear()  # going on from there would only diverge again
@@ -193,7 +198,7 @@ class _Training:
                 self._look()
             if self.checkpoints is not None and self.checkpoints.due(self.settings.checkpoint_s or 0.0):
                 self._look()  # a state that has diverged is of no use
-                self.checkpoints.write(state.tensors(), state.values())
+                self._keep()
 
     def _on_progress(self, progress: float) -> None:
         for technique, config in self.steps:
@@ -260,8 +265,29 @@ class _Training:
             )
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.tick()
+        try:
+            self.tick()
+        except DeadlineExceeded:
+            self._keep()
+            raise
         self._looked = time.monotonic()
+
+    def _keep(self) -> None:
+        """Writes the state, which is whole between two steps, for who goes on with this training."""
+        if self.checkpoints is not None:
+            self.checkpoints.write(self.state.tensors(), self.state.values())
+            self._kept = self.state.done
+
+    def _reached(self, spent_s: float, resumed_at: int) -> str:
+        """Says how far the training came, how long it would have taken, and where the next try begins."""
+        state = self.state
+        own = state.done - resumed_at
+        rest = f", and would take some {spent_s / own * (state.total - state.done):.0f} s more" if own else ""
+        again = f"goes on from step {self._kept}" if self._kept else "begins anew"
+        return (
+            f"the training had done {state.done} of {state.total} steps (epoch {state.epoch + 1} of {self.settings.epochs})"
+            f"{rest}; the next try {again}"
+        )
 
     # --- the end of an epoch, and of the training; going on -----------------------------------------------------------
 
@@ -326,7 +352,7 @@ def _grad_checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
         return
     if hasattr(blocks, "grad_checkpointing"):
         blocks.grad_checkpointing = True
-    elif type(blocks) is nn.Sequential and hasattr(vit, "set_grad_checkpointing"):
+    elif type(blocks) in (nn.Sequential, nn.ModuleList) and hasattr(vit, "set_grad_checkpointing"):
         vit.set_grad_checkpointing(True)
     else:
         log.warning("grad_checkpointing has no effect on this model: its blocks cannot be calculated again one by one")

@@ -18,7 +18,7 @@ import yaml
 
 from tests.cli_calls import call, process, refused
 from tests.processes import environment
-from tests.studies import tiny_study
+from tests.studies import ONE_WORKER, tiny_study
 
 RECIPES = [["precision"], ["dynamic_int8"], [{"magnitude_prune": {"mlp_ratio": 0.5}}, "precision"]]
 
@@ -46,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A tiny study, run once by the command itself."""
     folder = tmp_path_factory.mktemp("cli")
     file = folder / "tiny.yaml"
-    file.write_text(yaml.safe_dump(tiny_study(recipes=RECIPES, trials=3)))
+    file.write_text(yaml.safe_dump(tiny_study(recipes=RECIPES, trials=3, resources=ONE_WORKER)))
     command = ["-m", "orchestrator.cli", "run", str(file), "--storage", "results"]
     done = process(*command, folder=folder)
     assert done.returncode == 0, done.stderr
@@ -71,6 +71,12 @@ def test_run_says_how_it_goes_on_stderr(run: Run) -> None:
     assert re.fullmatch(r"3 of 3 trials after .*, failed: none, hypervolume 0\.\d{4}", lines[-1])
     assert any("making and measuring the baseline" in line for line in lines)
     assert all(len(line) <= 160 for line in lines)
+
+
+@pytest.mark.ray
+def test_what_was_said_of_the_data_is_kept(run: Run) -> None:
+    record = json.loads((run.storage / "tiny" / "study.json").read_text())
+    assert record["data"] == {"notes": [], "warnings": []}
 
 
 @pytest.mark.ray
@@ -115,8 +121,9 @@ def test_status_names_bad_files_and_goes_on(run: Run) -> None:
         found = call("status", "tiny", storage=run.storage)
     finally:
         foreign.unlink()
-    assert (found.exit_code, found.stderr.count("\n")) == (0, 1)
+    assert (found.exit_code, found.stderr.count("\n")) == (1, 2)
     assert "tiny/attempts/0.1.json" in found.stderr
+    assert "`vitpareto repair tiny` says what is left" in found.stderr
 
 
 @pytest.mark.ray
@@ -129,7 +136,7 @@ def test_status_of_a_damaged_study_does_not_hide_the_others(run: Run) -> None:
         assert "damaged/study.json is damaged" in refused("status", "damaged", storage=run.storage, status=1)
     finally:
         shutil.rmtree(damaged.parent)
-    assert (found.exit_code, "tiny    done" in found.stdout) == (0, True)
+    assert (found.exit_code, "tiny    done" in found.stdout) == (1, True)
     assert "vitpareto: damaged/study.json is damaged" in found.stderr
 
 

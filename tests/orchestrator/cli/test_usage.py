@@ -45,6 +45,29 @@ def test_plan_of_a_space_without_a_recipe(tmp_path: Path) -> None:
     assert "none of its techniques can work on vit" in done.stderr
 
 
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_what_a_model_cannot_take_is_said_before_anything_is_trained(command: str, tmp_path: Path) -> None:
+    """Tokens of a rotary model cannot be merged: left out where there is more to search, refused where there is not."""
+    model = {
+        "name": "eva02_tiny_patch14_224",
+        "options": {"embed_dim": 32, "depth": 1, "num_heads": 4, "patch_size": 4},
+    }
+    file, reason = tmp_path / "study.yaml", "excluded: tome: tokens are removed in timm's Block with its Attention"
+    file.write_text(yaml.safe_dump(tiny_study(model=model, techniques={"tome": {}})))
+    done = call(command, str(file), storage=tmp_path)
+    assert (done.exit_code, "none of its techniques can work on eva02_tiny_patch14_224" in done.stderr) == (2, True)
+    assert not (tmp_path / "stages").exists()
+    if command == "plan":
+        assert reason in done.stdout
+        file.write_text(yaml.safe_dump(tiny_study(model=model, techniques={"tome": {}, "magnitude_prune": {}})))
+        done = call("plan", str(file), storage=tmp_path)
+        assert (done.exit_code, reason in done.stdout) == (0, True)
+        assert (
+            "excluded in part: magnitude_prune, 88% of its configs, most of them as this one: head_ratio="
+            in done.stdout
+        )
+
+
 def test_techniques() -> None:
     rows = json.loads(call("techniques", "--format", "json").stdout)
     tome = next(r for r in rows if r["name"] == "tome")
@@ -65,6 +88,10 @@ def test_techniques() -> None:
         ({"model": {"name": "resnet18"}}, "must be a plain vision transformer"),
         ({"model": {"create": {}, "checkpoint": "junk"}}, "model.checkpoint"),
         ({"name": "a/b"}, "for example a-b"),
+        (
+            {"name": "stages"},
+            "must not be stages: the storage keeps the models of all studies in a folder of that name",
+        ),
     ],
 )
 def test_faults_of_a_study_are_said_before_anything_starts(
@@ -87,6 +114,7 @@ def test_faults_of_a_study_are_said_before_anything_starts(
         (("run", "quick", "--time-budget", "nonsense"), "for example 30m"),
         (("run", "quick", "--time-budget", "0s"), "must be above 0"),
         (("run", "quick", "--name", "a/b"), "for example a-b"),
+        (("run", "quick", "--name", "Stages"), "for example my-Stages"),
         (("run", "quick", "--address", "nonsense"), "must be auto, or HOST:PORT of a running Ray"),
         (("resume", "nosuch"), "there is no study 'nosuch'"),
         (("pareto", "nosuch"), "there is no study 'nosuch'"),

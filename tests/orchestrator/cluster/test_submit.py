@@ -27,7 +27,7 @@ from orchestrator.cluster import submit as s
 from orchestrator.ledger.status import study_status
 from tests.places import ROOT
 from tests.processes import environment
-from tests.studies import tiny_study
+from tests.studies import ONE_WORKER, tiny_study
 
 pytestmark = pytest.mark.timeout(480)  # the only limit of the waits below: a busy machine takes its time
 
@@ -351,7 +351,7 @@ def test_unknown_job(head: Head) -> None:
 
 
 def send_study(head: Head, folder: Path, **changes: object) -> s.SubmitResult:
-    (folder / "study.yaml").write_text(yaml.safe_dump(tiny_study(**changes)))
+    (folder / "study.yaml").write_text(yaml.safe_dump(tiny_study(resources=ONE_WORKER, **changes)))
     storage = str(folder / "results")
     return s.submit(folder / "study.yaml", address=head.address, working_dir=folder, storage=storage, token=head.token)
 

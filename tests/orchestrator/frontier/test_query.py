@@ -278,7 +278,6 @@ ESCAPES = [
 
 @pytest.mark.parametrize("statement", ESCAPES)
 def test_sql_can_read_and_write_nothing_else(ledger, tmp_path, statement, monkeypatch):
-    monkeypatch.setitem(query._LOCKED, "memory_limit", "200MB")
     monkeypatch.chdir(tmp_path)
     table_of_this_test = pa.table({"secret": ["found"]})
     (tmp_path / "secret.txt").write_text("a,b\n1,found")
@@ -286,10 +285,35 @@ def test_sql_can_read_and_write_nothing_else(ledger, tmp_path, statement, monkey
     folders = (tmp_path, ledger.storage.root)
     before = {p: p.stat().st_mtime_ns for folder in folders for p in folder.rglob("*")}
     with pytest.raises(QueryError) as caught:
-        sql(ledger, statement.format(folder=tmp_path))
+        sql(ledger, statement.format(folder=tmp_path), query.Limits(memory_bytes=200_000_000))
     assert "\n" not in str(caught.value)
     assert "found" not in str(caught.value).replace("not found", "")
     assert {p: p.stat().st_mtime_ns for folder in folders for p in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("statement", "seconds", "said"),
+    [
+        ("select count(*) from range(100000000000) a, range(1000) b", 0.5, "must be answered within 0.5 s"),
+        ("with recursive r as (select 1 as n union all select n + 1 from r) select max(n) from r", 0.5, "within 0.5 s"),
+        (
+            "select a.range + b.range from range(100000000) a, range(1000) b",
+            60,
+            "must take at most 10 MB, has more after",
+        ),
+        ("select list(range) from range(1000000000)", 60, "Out of Memory"),
+    ],
+)
+def test_a_question_has_a_time_and_a_memory(ledger, statement, seconds, said):
+    with pytest.raises(QueryError, match=said):
+        sql(ledger, statement, query.Limits(seconds, memory_bytes=10_000_000))
+
+
+def test_a_plan_works_nothing_out(ledger):
+    """Constants of a plan were worked out without a limit, and no interrupt ended it."""
+    assert sql(ledger, "describe select repeat('x', 3000000000) as a").to_pylist()[0]["column_type"] == "VARCHAR"
+    with pytest.raises(QueryError, match="where"):
+        pareto(ledger, BOTH, where="length(repeat('x', 3000000000000)) > 3")
 
 
 def test_harmless_introspection_shows_no_file(ledger):

@@ -156,6 +156,19 @@ def test_facts_name_model_data_device_and_noise(report: Report) -> None:
     assert found["Report"] == "vitpareto 1.2, 2026-01-02 00:00 UTC"
 
 
+def test_what_was_said_of_the_data_is_a_fact(tmp_path: Path) -> None:
+    from datetime import UTC, datetime
+
+    made = Rows(tmp_path)
+    record = made.ledger.study_record()
+    assert record is not None
+    made.ledger.write_study({**record, "data": {"notes": ["all images are grey"], "warnings": ["3 copies"]}})
+    found = dict(facts(made.report(), datetime(2026, 1, 2, tzinfo=UTC), "1.2"))
+    assert found["Of the data"] == "Warning: 3 copies; all images are grey"
+    made.ledger.write_study({**record, "data": 3})
+    assert "Of the data" not in dict(facts(made.report(), datetime(2026, 1, 2, tzinfo=UTC), "1.2"))
+
+
 # --- the page, as text ------------------------------------------------------------------------------------------------
 
 

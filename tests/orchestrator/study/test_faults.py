@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from orchestrator.study import load
-from orchestrator.study.load import Fault, StudyError, load_study
+from orchestrator.study.load import Fault, StudyError, load_study, shipped_studies
 from orchestrator.study.yaml_lines import ABSENT
-from tests.study_files import faults_of, minimal, only_fault
+from tests.study_files import faults_of, minimal, only_fault, yaml_of
 
 BAD = """\
 name: ../escape
@@ -103,7 +103,7 @@ def test_every_fault_of_a_file_is_reported_at_once(tmp_path: Path) -> None:
         ({"model": {}}, "model", "must have either name or create"),
         ({"model": {"create": {"width": 65}}}, "model.create", "width must be a multiple of heads"),
         ({"model": {"create": {}, "train": False}}, "model", "must be trained, pretrained or loaded"),
-        ({"model": {"create": {}, "pretrained": True}}, "model", "pretrained and options need a timm name"),
+        ({"model": {"create": {}, "pretrained": True}}, "model", "pretrained needs a timm name"),
         ({"data": {"kind": "digit"}}, "data.kind", "must be 'digits'"),
         ({"data": {"kind": "digits", "search_fraction": 1.0}}, "data.search_fraction", "must be less than 1"),
         ({"data": {"kind": "imagefolder", "path": "/nowhere"}}, "data.path", "must exist"),
@@ -152,12 +152,43 @@ def test_every_fault_of_a_file_is_reported_at_once(tmp_path: Path) -> None:
         ({"techniques": {"tome": {"r": float("inf")}}}, "techniques.tome.r", "must be from 0 to 288"),
         ({"techniques": {"tome": 8}}, "techniques.tome", "must be a mapping"),
         ({"budget": {"time": 0}}, "budget.time", "must be greater than 0"),
+        ({"trials": int("9" * 400)}, "trials", "must be less than or equal to 1000000000"),
+        ({"sampler": {"seed": 2**32}}, "sampler.seed", "must be less than or equal to 4294967295"),
+        ({"sampler": {"options": {"seed": 2**32}}}, "sampler.options.seed", "must be less than or equal to 4294967295"),
+        (
+            {"sampler": {"options": {"n_ei_candidates": "many"}}},
+            "sampler.options.n_ei_candidates",
+            "must be a valid int",
+        ),
+        (
+            {"resources": {"memory": int("9" * 400)}},
+            "resources.memory",
+            "must be less than or equal to 1000000000000000",
+        ),
+        ({"techniques": {"tome": {"r": {"step": 1e308}}}}, "techniques.tome.r.step", "must be a positive multiple"),
+        ({"techniques": {"svd": {"keep": {"step": 1e308}}}}, "techniques.svd.keep.step", "must be a positive multiple"),
+        ({"recipes": [["tomee", "weight_only"]]}, "recipes[0][0]", "must be one of the study's techniques"),
+        ({"techniques": {"tome": {"r": int("9" * 400)}}}, "techniques.tome.r", "must be from 0 to 288"),
+        ({"techniques": {"tome": {"r": {(1, 2): 3}}}}, "techniques.tome.r.(1, 2)", "must be one of low, high, step"),
+        ({"model": {"create": {}, "checkpoint": "x" * 5_000}}, "model.checkpoint", "must be a file or folder"),
+        ({"data": {"kind": "imagefolder", "path": "a\0b"}}, "data.path", "must exist"),
+        ({"data": {"kind": "imagefolder", "path": "x" * 5_000}}, "data.path", "must exist"),
     ],
 )
 def test_one_fault(change: dict[str, Any], where: str, rule: str) -> None:
     found = only_fault(minimal(**change))
     assert found.where == where
     assert rule in found.rule
+
+
+def test_a_technique_that_is_misspelt_everywhere_is_named_where_it_is_defined(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(shipped_studies()["quick"].read_text().replace("tome", "tomee"))
+    found = only_fault(tmp_path / "s.yaml")
+    assert (found.where, found.rule, found.remedy) == (
+        "techniques.tomee",
+        "must be a known technique",
+        "did you mean tome?",
+    )
 
 
 def test_missing_sections_are_all_named() -> None:
@@ -187,6 +218,9 @@ def test_unsafe_names_are_refused(name: str) -> None:
         ("a: 2020-99-99\n", "must be readable YAML", None),
         ("a: " + "[" * 5000, "must not be nested", None),
         ("a: " + "x" * (1 << 20), "must be at most", None),
+        ("a: 1\nb: \x07\n", "must not hold control characters", 2),
+        ("a: 1\n# \x1b[31m\n", "must not hold control characters", 2),
+        ("a: 1\n\n\x00", "must not hold control characters", 3),
     ],
 )
 def test_unsafe_or_broken_yaml_is_refused(tmp_path: Path, text: str, rule: str, line: int | None) -> None:
@@ -195,6 +229,36 @@ def test_unsafe_or_broken_yaml_is_refused(tmp_path: Path, text: str, rule: str, 
     found = only_fault(path)
     assert rule in found.rule
     assert found.line == line
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "rule", "remedy"),
+    [
+        ("trials: 010", "trials", "YAML 1.1 reads 010 as the octal number 8", "write 10"),
+        ("trials: 1_6\nseeds: [00]", "seeds[0]", "reads 00 as the octal number 0", "write 0"),
+        ("budget: {time: 1:30}", "budget.time", "YAML 1.1 reads 1:30 as the number 90", "give a unit (90s, 30m, 2h)"),
+        ("budget: {time: 1:30:00.5}", "budget.time", "reads 1:30:00.5 as the number 5400.5", "give a unit"),
+    ],
+)
+def test_numbers_that_versions_of_yaml_read_differently_are_refused(
+    tmp_path: Path, text: str, where: str, rule: str, remedy: str
+) -> None:
+    (tmp_path / "s.yaml").write_text(yaml_of(minimal()) + text)
+    (found,) = faults_of(tmp_path / "s.yaml")
+    assert found.where == where
+    assert rule in found.rule
+    assert remedy in found.remedy
+    assert found.line == len((yaml_of(minimal()) + text).splitlines())
+
+
+def test_quoted_text_is_text(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(yaml_of(minimal()).replace("name: small", "name: '010'") + "trials: 1_6\n")
+    assert (load_study(tmp_path / "s.yaml").name, load_study(tmp_path / "s.yaml").trials) == ("010", 16)
+
+
+@pytest.mark.parametrize("name", ["x" * 5_000, "a\0b", "quik"])
+def test_an_unknown_study_is_none_whatever_its_name(name: str) -> None:
+    assert "must be a study file that exists" in only_fault(name).rule
 
 
 def test_an_unknown_study_names_the_nearest_that_ships() -> None:

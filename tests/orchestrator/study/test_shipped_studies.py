@@ -86,7 +86,7 @@ def test_a_survey_tries_every_technique_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in SURVEYS if name.endswith("_cpu")])
 def test_a_survey_on_the_cpu_takes_the_models_that_were_trained_for_the_other(name: str) -> None:
-    from workers.stages import compile_recipe
+    from workers.stages.graph import compile_recipe
 
     cpu, cuda = (load_study(n, check_files=False) for n in (name, name.removesuffix("_cpu")))
     ours = {recipe.label(): recipe for recipe in cpu.known_good()}

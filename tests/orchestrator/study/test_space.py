@@ -2,13 +2,15 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.study.space import Choices, Grid, SearchSpace, axis
+from orchestrator.study.axes import Choices, Grid, axis
+from orchestrator.study.space import SearchSpace
 from workers.techniques import composition
 from workers.techniques.record import ModelInfo
 from workers.trial import Recipe, Step
@@ -248,6 +250,18 @@ def test_a_technique_infeasible_in_part_stays_and_its_values_are_judged() -> Non
     assert reasons[64] is not None
     assert space.count_infeasible() == sum(reason is not None for reason in reasons.values())
     assert space.count_infeasible(limit=1) is None
+
+
+def test_what_a_model_takes_of_a_technique_in_part_is_told_with_the_commonest_reason() -> None:
+    techniques = study_techniques(
+        magnitude_prune={"head_ratio": {"low": 0.0, "high": 0.6, "step": 0.2}, "mlp_ratio": [0.25]}, svd=None, tome=None
+    )
+    rotary = replace(tiny(), block="eva.EvaBlock", attention="eva.EvaAttention")
+    (found,) = SearchSpace(techniques, rotary).hindered()
+    assert (found.technique, found.infeasible, found.tried) == ("magnitude_prune", 3, 4)
+    said = "head_ratio=0.2: heads can be removed from timm's Attention only; here the blocks have eva.EvaAttention; must be 0"
+    assert found.reason == said
+    assert SearchSpace(techniques, tiny()).hindered() == []
 
 
 def test_a_technique_infeasible_in_every_value_is_excluded() -> None:

@@ -215,7 +215,11 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
             "model.family",
             "must be timm for data kind digits",
         ),
-        ({"model": {"family": "bert", "name": "vilt_tiny"}}, "model.family", "must be 'timm', 'vilt' or 'meter'"),
+        (
+            {"model": {"family": "bert", "name": "vilt_tiny"}},
+            "model.family",
+            "must be 'timm', 'vilt', 'meter' or 'hf_vit'",
+        ),
         ({"model": {"family": "vilt"}}, "model", "must have a name, create, or both"),
         ({"model": {"family": "vilt", "create": 3}}, "model.create", "must be a mapping of settings"),
         (

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli_calls import refused
 from tests.processes import Study
-from tests.studies import fault_study, tiny_study
+from tests.studies import ONE_WORKER, fault_study, tiny_study
 
 QUICK_AA = {"protocol": "quick", "threads": 1, "noise_runs": 6}
 
@@ -69,6 +70,7 @@ def test_what_noise_leaves_undecided_is_measured_again_within_the_budget(tmp_pat
             trials=2,
             measurement=short,
             budget={"remeasure": 2},
+            resources=ONE_WORKER,
         ),
     )
     study.run()
@@ -86,4 +88,4 @@ def test_what_noise_leaves_undecided_is_measured_again_within_the_budget(tmp_pat
     assert "measured again" in output
     assert len(study.ledger.remeasured()) - len(first) == int(output.split("measured again ")[1].split()[0])
     assert {r["attempt_id"] for r in study.attempts()} == before
-    assert "there is no study 'other'" in study.finish("remeasure", "other", status=2)
+    assert "there is no study 'other'" in refused("remeasure", "other", storage=tmp_path / "results")

@@ -15,7 +15,8 @@ from optuna.trial import FrozenTrial, TrialState
 from orchestrator.study.constraints import parse
 from orchestrator.study.sampler import OPTIONS, SamplerSection
 from orchestrator.study.space import SearchSpace
-from orchestrator.sweep.searcher import Proposal, Proposer, make_sampler
+from orchestrator.sweep.searcher import Proposer, make_sampler
+from orchestrator.sweep.work import Proposal
 from tests.orchestrator.study.test_space import TECHNIQUES
 from workers.techniques import composition
 from workers.trial import Recipe, Step
@@ -75,11 +76,15 @@ def test_the_optuna_study_is_rebuilt_exactly(sampler: str) -> None:
     assert fresh.number >= len(asks)
 
 
-def test_a_lost_ask_keeps_the_numbers_right() -> None:
+@pytest.mark.parametrize(
+    "damage", [None, {"params": {"x": 1}}, {"distributions": {"x": "{}"}}, {"distributions": {"x": "no JSON"}}]
+)
+def test_a_lost_ask_keeps_the_numbers_right(damage: dict[str, Any] | None) -> None:
     original = proposer("random")
     asks = [dict(p.state) for p, _ in (original.ask() for _ in range(4)) if p]
     again = proposer("random")
-    again.restore([a for a in asks if a["number"] != 1], {})
+    rest = [a for a in asks if a["number"] != 1]
+    again.restore(rest if damage is None else [*rest, {**asks[1], **damage}], {})
     assert [t.state for t in again.study.trials] == [TrialState.RUNNING, TrialState.FAIL, *[TrialState.RUNNING] * 2]
 
 
@@ -142,6 +147,7 @@ def test_known_good_recipes_come_first() -> None:
         (["worker_died"], TrialState.FAIL, False),
         (["ok", "node_lost"], TrialState.FAIL, False),
         (["preempted"], TrialState.FAIL, False),
+        (["storage_fault"], TrialState.FAIL, False),
     ],
 )
 def test_a_failure_is_told_by_whose_fault_it_is(statuses: list[str], state: TrialState, known: bool) -> None:
@@ -154,6 +160,29 @@ def test_a_failure_is_told_by_whose_fault_it_is(statuses: list[str], state: Tria
     assert trial.state == state
     assert trial.values == ([10.5, 100.0] if state == TrialState.COMPLETE else None)  # the mean over seeds
     assert (proposal.recipe.hash in made.outcomes) == known
+
+
+@pytest.mark.parametrize(
+    ("status", "state"),
+    [("ok", TrialState.COMPLETE), ("error", TrialState.PRUNED), ("worker_died", TrialState.FAIL)],
+)
+def test_duplicates_of_what_is_asked_again_get_its_new_answer(status: str, state: TrialState) -> None:
+    made = proposer("random", FOUR)
+    proposal, _ = made.ask()
+    assert proposal is not None
+    asks = [{**proposal.state, "number": 0}, {**proposal.state, "number": 1, "duplicate": True}]
+    for known in (True, False):  # told in another process, and to be asked again
+        resumed = proposer("random", FOUR)
+        resumed.restore(asks, {0: (["error"], [{}])} if known else {})
+        before = TrialState.PRUNED if known else TrialState.RUNNING
+        assert [t.state for t in resumed.study.trials] == [before] * 2
+    again, _ = resumed.ask()
+    assert again is not None
+    assert again.number == 0
+    resumed.tell(0, [status], [{"top1_pct": 1.0, "size_bytes": 2.0}])
+    assert [t.state for t in resumed.study.trials] == [state] * 2
+    values = [1.0, 2.0] if status == "ok" else None
+    assert [t.values for t in resumed.study.trials] == [values] * 2
 
 
 @pytest.mark.parametrize(("size", "violation"), [(50.0, -50.0), (130.0, 30.0)])
@@ -176,3 +205,43 @@ def test_a_study_may_name_the_arguments_that_optuna_s_samplers_take(name: str, s
     objects = ("Callable", "BaseMutation", "BaseCrossover")  # what no file can hold
     expected = {n for n, p in taken.items() if not any(kind in str(p.annotation) for kind in objects)}
     assert set(OPTIONS[name].model_fields) == expected
+
+
+# --- recipes that prove to be the same --------------------------------------------------------------------------------
+
+CUTS = {"tome": {"r": {"low": 1, "high": 2, "step": 1}}, "dynamic_int8": {}}
+"""Five recipes: two that change the structure, each with and without a conversion, and the conversion alone."""
+
+
+def test_the_outcome_of_an_equal_recipe_is_told_without_a_run() -> None:
+    """Once a study knows that two cuts are equal, what follows the one answers what follows the other."""
+    made = proposer("random", CUTS)
+    asks: list[dict[str, Any]] = []
+    ends: dict[int, tuple[list[str], list[dict[str, float]]]] = {}
+    cuts: dict[str, Recipe] = {}
+    run: list[Recipe] = []
+    while True:
+        proposal, answered = made.ask()
+        asks += answered
+        if proposal is None:
+            break
+        run.append(proposal.recipe)
+        state = dict(proposal.state)
+        surgery = Recipe(tuple(step for step in proposal.recipe.steps if step.technique == "tome"))
+        if surgery.steps and not any(surgery.hash == cut.hash for cut in cuts.values()):
+            cuts[surgery.hash] = surgery
+            if len(cuts) == 2:  # it proves to be equal to the one before
+                first = next(cut for name, cut in cuts.items() if name != surgery.hash)
+                stages_of = Recipe(first.steps + proposal.recipe.steps[len(surgery.steps) :])
+                made.same(proposal.recipe, stages_of)
+                state["stages_of"] = stages_of.to_json()
+        asks.append(state)
+        value = float(len(proposal.recipe.steps))
+        ends[proposal.number] = (["ok"], [{"top1_pct": value, "size_bytes": value}])
+        made.tell(proposal.number, *ends[proposal.number])
+    assert len(cuts) == 2
+    assert len(run) in (3, 4), "what the one cut has shown, with the conversion or without it, is told of the other"
+    again = proposer("random", CUTS)
+    again.restore(json.loads(json.dumps(asks)), ends)
+    assert [told(t) for t in again.study.trials] == [told(t) for t in made.study.trials]
+    assert again.ask()[0] is None

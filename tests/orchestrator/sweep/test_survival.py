@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli_calls import call
 from tests.processes import Study, kill_group, until
 from tests.studies import fault_study, tiny_study
 
@@ -88,7 +89,8 @@ def test_killed_sweeps_end_with_exactly_the_budgeted_set(tmp_path: Path) -> None
     check_numbers(study, TRIALS + 2)
 
     asked = study.asks()
-    study.finish("resume", study.name, "--quiet")
+    done = call("resume", study.name, "--quiet", storage=tmp_path / "results")
+    assert done.exit_code == 0, done.output
     assert study.attempts() == more
     assert study.asks() == asked
 
@@ -102,7 +104,7 @@ def check_numbers(study: Study, trials: int) -> None:
     assert run == {r["number"]: r["recipe"] for r in study.attempts() if not r["is_baseline"]}
 
 
-def test_a_second_driver_is_refused_and_an_interrupt_ends_cleanly(tmp_path: Path) -> None:
+def test_a_second_driver_is_refused_and_a_termination_ends_like_an_interrupt(tmp_path: Path) -> None:
     study = Study(tmp_path, fault_study("shared", ["sleep"]))
     lease = f"{study.name}/lease"
 
@@ -115,21 +117,22 @@ def test_a_second_driver_is_refused_and_an_interrupt_ends_cleanly(tmp_path: Path
     try:
         sleeper = until(asleep, first)
         refused = study.finish("run", str(study.file), "--quiet", status=1)
-        assert f"study shared in {study.storage.url} is being run by process {first.pid}" in refused
+        assert f"study shared in {study.storage.url} is being run by process {study.driver()}" in refused
     finally:
         study.kill(first)
 
     second = study.start()
     try:
         until(lambda: asleep(sleeper), second)
-        second.send_signal(signal.SIGINT)
+        second.terminate()
         output = second.communicate()[0]
     finally:
         kill_group(second)
-    assert second.returncode == 1, output
+    assert second.returncode == 128 + signal.SIGTERM, output
     assert f"go on with: vitpareto resume shared --storage {study.storage.url}" in output
     assert "Traceback" not in output
     assert not study.marks()
-    assert not study.storage.files(f"{study.name}/attempts")  # compacted
+    assert study.ledger.compact() == 0, "it was done"
     assert [r["status"] for r in study.attempts()] == ["ok"]  # the baseline
     assert json.loads(study.storage.read(f"{lease}/000002.json"))["state"] == "released"
+    assert study.left() == []

@@ -84,9 +84,10 @@ def test_a_lost_node_is_told_from_a_dead_worker(tmp_path: Path) -> None:
     alone = {"max_concurrent": 1}  # so that the node of the only trial is the sleeper's
     study = Study(
         tmp_path,
-        fault_study("nodes", ["sleep_once", "none", "die"], resources=alone, retries=1),
+        fault_study("lost_nodes", ["sleep_once", "none", "die"], resources=alone, retries=1),
         VITPARETO_FAULT_MARK=str(tmp_path / "slept"),
         RAY_AUTH_MODE="disabled",
+        RAY_health_check_period_ms="1000",  # Ray asks five times before it takes a node for lost
     )
     command = [sys.executable, "-m", "tests.lose_node", str(study.file), study.storage.url]
     done = subprocess.run(command, env=study.env, capture_output=True, text=True, check=False)

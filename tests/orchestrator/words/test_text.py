@@ -17,10 +17,10 @@ from workers.trial import STATUSES, Recipe, Step
 
 
 def snapshot(**changes: Any) -> Any:
-    from orchestrator.sweep.state import Snapshot
+    from orchestrator.sweep.work import Snapshot
 
     best = {"top1_pct": (97.123, "tome(r=2)"), "throughput_images_per_s": (12345.6, "a" * 200)}
-    values = {"done": 7, "budget": 16, "running": 2, "failed": Counter({"timeout": 1}), "best": best}
+    values = {"done": 7, "budget": 16, "running": 2, "waiting": 0, "failed": Counter({"timeout": 1}), "best": best}
     return Snapshot(**{**values, "hypervolume": 0.35, "elapsed_s": 65.0, "left_s": 130.0, **changes})
 
 

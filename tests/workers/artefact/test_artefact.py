@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -108,17 +109,31 @@ def save(model: nn.Module, path: Path, steps: list[dict[str, Any]]) -> None:
     artefact.save(model, path, model_description=description, steps=steps, extra={"mean": [0.5]})
 
 
-@pytest.mark.parametrize("chain", CHAINS, ids=NAMES)
-def test_a_loaded_model_is_bit_exact(chain: Chain, tmp_path: Path) -> None:
-    model, steps = compress(*chain)
-    save(model, tmp_path / "a", steps)
-    loaded = artefact.load(tmp_path / "a")
+@pytest.fixture(scope="module")
+def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for :func:`saved`; the tests leave what is in it as it is."""
+    return tmp_path_factory.mktemp("every") / "artefacts"
+
+
+@cache
+def saved(artefacts: Path, number: int) -> tuple[nn.Module, list[dict[str, Any]], Path]:
+    """Saves the chain of that number, once; returns its model, its steps and its folder."""
+    model, steps = compress(*CHAINS[number])
+    folder = artefacts / f"{number:03}"
+    save(model, folder, steps)
+    return model, steps, folder
+
+
+@pytest.mark.parametrize("number", range(len(CHAINS)), ids=NAMES)
+def test_a_loaded_model_is_bit_exact(number: int, artefacts: Path) -> None:
+    model, steps, folder = saved(artefacts, number)
+    loaded = artefact.load(folder)
     for expected, found in zip(logits(model), logits(loaded), strict=True):
         assert found.dtype == torch.float32
         assert torch.equal(expected, found)
     assert not any(part.training for part in loaded.modules())
     again = artefact.pack(loaded, model_description=models.describe(MODEL, DATA), steps=steps, extra={"mean": [0.5]})
-    assert again[artefact.TENSORS] == (tmp_path / "a" / artefact.TENSORS).read_bytes()
+    assert again[artefact.TENSORS] == (folder / artefact.TENSORS).read_bytes()
 
 
 LOAD_ALL = """
@@ -128,7 +143,7 @@ from safetensors.torch import load_file, save_file
 from workers import artefact
 torch.set_num_threads(int(sys.argv[1]))
 images = load_file("images.safetensors")
-for folder in sorted(Path("artefacts").iterdir()):
+for folder in sorted(Path(sys.argv[2]).iterdir()):
     model = artefact.load(folder)
     with torch.inference_mode():
         save_file({k: model(x) for k, x in images.items()}, f"{folder.name}.safetensors")
@@ -136,15 +151,14 @@ print([m for m in ("ray", "optuna", "orchestrator", "pyarrow", "workers.stages")
 """
 
 
-def test_another_process_loads_every_artefact_without_the_study_and_gets_the_same_bits(tmp_path: Path) -> None:
-    expected = {}
-    for number, chain in enumerate(CHAINS):
-        model, steps = compress(*chain)
-        save(model, tmp_path / "artefacts" / f"{number:03}", steps)
-        expected[number] = logits(model)
+@pytest.mark.timeout(600)  # a minute on a quiet machine
+def test_another_process_loads_every_artefact_without_the_study_and_gets_the_same_bits(
+    artefacts: Path, tmp_path: Path
+) -> None:
+    expected = {number: logits(saved(artefacts, number)[0]) for number in range(len(CHAINS))}
     save_file({str(batch): images(batch) for batch in BATCHES}, tmp_path / "images.safetensors")
     threads = str(torch.get_num_threads())
-    command = [sys.executable, "-c", LOAD_ALL, threads]
+    command = [sys.executable, "-c", LOAD_ALL, threads, str(artefacts)]
     root = str(ROOT)
     environment = {**os.environ, "PYTHONPATH": root}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

@@ -47,7 +47,7 @@ def logits_of(model: nn.Module) -> Callable[[int], Tensor]:
 
 
 def kept(model: nn.Module) -> bytes:
-    return parity.probe([logits_of(model)(batch) for batch in parity.BATCHES], CPU)
+    return parity.probe([logits_of(model)(batch) for batch in parity.BATCHES], CPU, b"")
 
 
 def compare(data: bytes, model: nn.Module) -> parity.Parity:
@@ -175,7 +175,7 @@ def test_what_adds_in_no_order_on_cuda_is_seen() -> None:
 
 def test_a_probe_of_nan_never_matches() -> None:
     model, _ = compress()
-    data = parity.probe([torch.full((batch, 10), torch.nan) for batch in parity.BATCHES], CPU)
+    data = parity.probe([torch.full((batch, 10), torch.nan) for batch in parity.BATCHES], CPU, b"")
     with pytest.raises(parity.ArtefactMismatch):
         compare(data, model)
 

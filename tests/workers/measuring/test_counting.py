@@ -55,6 +55,14 @@ def by_hand(
     return total
 
 
+def test_attention_pooling_is_counted() -> None:
+    """Its query is a learned parameter, which a counter that hooks into graphs cannot follow in inference mode."""
+    model = vit(global_pool="map", class_token=False, num_classes=CLASSES)
+    tokens, pooled = 16, C * C + 2 * 16 * C * C + 2 * 16 * C + C * C + 2 * C * HIDDEN
+    assert count_macs(model, SMALL) == by_hand([tokens] * 3, [tokens] * 3) + pooled
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 WHOLE = by_hand([17] * 3, [17] * 3)
 TOME = ("tome", {"r": 2})
 MERGED = sum(half * half * D for half in (8, 7, 6))

@@ -24,7 +24,7 @@ from workers.measuring.strong_baseline import PROCESS_SIGMA, StrongBaseline, cor
 from workers.metrics import METRICS
 from workers.node.conditions import dtypes, fused
 from workers.run import run_remeasure, run_trial
-from workers.stages import compile_recipe
+from workers.stages.graph import compile_recipe
 from workers.tasks import TaskInfo
 from workers.techniques import registry, versions
 from workers.techniques.quantisation import fp8
@@ -138,7 +138,7 @@ def test_the_fastest_way_is_found_and_the_others_are_told(clock: Clock, kind: st
     assert found.ways == {"fp32": fp32, "bf16": bf16, "fp16": "RuntimeError: no fp16 here"}
     assert found.batch == (1 if kind == "latency" else 8)
     assert found.seconds == pytest.approx(clock.passed_s, abs=0.001)
-    assert StrongBaseline.from_json(found.to_json()) == found
+    assert StrongBaseline.from_dict(json.loads(found.to_json())) == found
 
 
 def test_a_speed_that_nothing_times_is_not_taken_for_another() -> None:

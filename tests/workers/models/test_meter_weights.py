@@ -21,7 +21,9 @@ from workers.models.meter_release import from_release_state_dict, to_release_sta
 from workers.node.deadline import Deadline
 from workers.node.lane import Lane
 from workers.node.storage import LocalStorage
-from workers.stages import Workbench, compile_recipe
+from workers.stages.cache import ensure
+from workers.stages.graph import compile_recipe
+from workers.stages.workbench import Workbench
 from workers.tasks import corpus
 from workers.trial import Recipe
 
@@ -134,7 +136,7 @@ def test_a_study_that_measures_the_releases_head_gives_its_answers(tmp_path: Pat
         lane = Lane("cpu", deadline=deadline)
         bench = Workbench(context, 0, LocalStorage(tmp_path / "stages"), device, lane, deadline, {})
         stage = compile_recipe(Recipe(), 0, context)[0]
-        bench.ensure(stage)
+        ensure(bench, stage)
         return bench.load(stage.key)
 
     with pytest.raises(ModelError, match=r"set data\.answers to a file"):

@@ -13,6 +13,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from tests.places import ROOT
 from workers import models
@@ -56,6 +57,83 @@ def test_build_and_skeleton_have_the_same_structure(model: dict[str, Any], prefi
     assert torch.equal(empty(images), logits)
 
 
+FACTS: dict[str, dict[str, Any]] = {
+    "vit_small_patch16_224": {"block": "Block", "attention": "Attention", "mlp": "Mlp", "pooling": "token"},
+    "vit_base_patch16_siglip_224": {"pooling": "map", "norm_before_pool": True, "norm_after_pool": False},
+    "vit_base_patch16_reg4_gap_256": {"pooling": "avg", "norm_before_pool": False, "norm_after_pool": True},
+    "vit_base_patch16_rpn_224": {
+        "block": "vision_transformer.ResPostBlock",
+        "attention": "Attention",
+        "post_norm": True,
+    },
+    "vit_dwee_patch16_reg1_gap_256": {"attention": "diff_attention.DiffAttention", "head_dim": 8},
+    "beit_base_patch16_224": {"block": "beit.Block", "attention": "beit.Attention", "has_positions": False},
+    "beit3_base_patch16_224": {"has_attn_norm": True, "has_mlp_norm": True},
+    "eva02_small_patch14_224": {
+        "attention": "eva.EvaAttention",
+        "mlp": "GluMlp",
+        "mlp_matrices": 3,
+        "mlp_hidden": (85, 85),
+    },
+    "eva02_base_patch14_224": {"mlp": "SwiGLU", "mlp_matrices": 3, "has_mlp_norm": True},
+    "eva02_enormous_patch14_clip_224": {"block": "eva.EvaBlockPostNorm", "post_norm": True},
+    "vit_small_patch16_dinov3": {"block": "eva.EvaBlock", "num_prefix_tokens": 5, "rope_a_block": False},
+    "vit_base_patch16_rope_mixed_224": {"attention": "attention.AttentionRope", "rope_a_block": True},
+}
+
+
+@pytest.mark.parametrize(("name", "facts"), FACTS.items(), ids=FACTS)
+def test_what_a_named_model_is_made_of(name: str, facts: dict[str, Any]) -> None:
+    info = models.model_info(models.skeleton(models.describe(section(name), DATA)))
+    assert {fact: getattr(info, fact) for fact in facts} == facts
+
+
+def test_what_a_model_does_in_training_and_what_a_technique_put_in_are_told_apart() -> None:
+    assert models.model_info(models.build(section(patch_drop_rate=0.5), DATA)).drops_patches
+    module: Any = models.build(section(), DATA)
+    module.blocks[0].attn.norm = nn.Identity()
+    assert not models.model_info(module).has_attn_norm
+
+    class Ours(nn.Module):
+        """Stands where timm has an identity."""
+
+    module.blocks[0].attn.norm = Ours()
+    assert not models.model_info(module).has_attn_norm
+    module.blocks[0].attn.norm = nn.LayerNorm(32)
+    assert models.model_info(module).has_attn_norm
+
+
+@pytest.mark.parametrize("name", ["eva02_small_patch14_224", "beit_base_patch16_224"])
+def test_queries_keys_and_values_go_through_their_layer(name: str) -> None:
+    """timm would read the weight and pass by whatever a technique put in the layer's place."""
+    module: Any = models.build(section(name), DATA).eval()
+    images, attn = torch.randn(2, 1, 8, 8), module.blocks[0].attn
+    attn.q_bias.data.normal_()
+    with torch.no_grad():
+        expected = module(images)
+        attn.qkv = nn.Sequential(attn.qkv, nn.Identity())
+        assert torch.equal(module(images), expected)
+        attn.qkv_bias_separate, attn.qkv = False, attn.qkv[0]
+        torch.testing.assert_close(module(images), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("vit_small_patch16_18x2_224", "has blocks of type ParallelThingsBlock; must be plain attention"),
+        (
+            "vit_relpos_small_patch16_224",
+            "is a VisionTransformerRelPos; must be a plain timm VisionTransformer or Eva or Beit",
+        ),
+        ("vit_small_r26_s32_224", "has a HybridEmbed; must be"),
+    ],
+)
+def test_what_is_no_stack_of_attention_and_mlp_is_refused(name: str, said: str) -> None:
+    side = replace(DATA, image_size=224)
+    with pytest.raises(models.ModelError, match=said):
+        models.skeleton(models.describe({"family": "timm", "name": name, "create": {}}, side))
+
+
 def test_same_seed_same_weights_and_pos_embed_std() -> None:
     def build(**create: Any) -> dict[str, torch.Tensor]:
         torch.manual_seed(3)
@@ -84,7 +162,7 @@ def test_model_info_reads_the_module_after_pruning() -> None:
         (section("resnet18"), "resnet18"),
         (section("swin_tiny_patch4_window7_224"), "swin_tiny"),
         (section(num_classes=3), "model.create.num_classes must be the data's num_classes 10, got 3"),
-        (section(frobnicate=1), "unknown frobnicate; known: img_size"),
+        (section(frobnicate=1), "model.create.frobnicate is no setting of timm"),
         (section(patch_size=3), "image size 8 must be a multiple of the patch size 3"),
         (section(num_heads=5), "refused"),
         ({**section(), "pretrained": True}, "needs model.name"),
@@ -191,3 +269,16 @@ def test_importing_a_family_says_nothing_and_silences_nothing(family: str) -> No
     code = f"import logging, torch; before = {told}; import workers.models.{family}; assert {told} == before"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stderr == ""
+
+
+def test_heads_may_be_wider_than_the_width_gives_but_not_where_norms_are_made_for_them() -> None:
+    torch.manual_seed(0)
+    model: Any = models.build(section(head_dim=24, norm_eps=0.25, act="relu"), DATA).eval()
+    info = models.model_info(model)
+    assert (info.head_dim, info.num_heads, info.embed_dim) == (24, (2, 2), 32)
+    assert model.blocks[0].attn.qkv.weight.shape == (144, 32)
+    assert 0.015 < model.blocks[0].attn.qkv.weight.std() < 0.025
+    assert {part.eps for part in model.modules() if isinstance(part, torch.nn.LayerNorm)} == {0.25}
+    assert type(model.blocks[1].mlp.act) is torch.nn.ReLU
+    with pytest.raises(models.ModelError, match="head_dim must be left out"):
+        models.build(section(head_dim=24, qk_norm=True), DATA)

@@ -164,7 +164,6 @@ TABLE = "workers/tasks/kinds.py"
 
 FILE_FORMATS = {
     ("orchestrator/cli/io.py", "parquet"): "in which a command writes its table",
-    ("workers/tasks/example_tables.py", "parquet"): "the ending of a file",
 }
 """Words that are a kind's name and mean something else."""
 
@@ -173,6 +172,7 @@ TABLES_OF_TASKS = {
     "orchestrator/study/tasks.py": "keys that the task alone has",
     "orchestrator/sweep/plan.py": "what the task's logits are, in words",
     "workers/metrics.py": "the tasks that an accuracy is for",
+    "workers/model_settings.py": "words that a model may be built with",
     "workers/models/meter_release.py": "the published head of the task",
     "workers/models/vilt_release.py": "the published weights of the task",
     "workers/models/vision_language.py": "what the task asks of a model",

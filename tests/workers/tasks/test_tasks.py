@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from PIL import Image
 from tests.places import DATA
 from workers import tasks
 from workers.tasks import TaskError, TaskInfo
-from workers.tasks.encoded_images import resize
+from workers.tasks.image_sources import digits
 from workers.tasks.pictures import cut
+from workers.tasks.pixels import resize
 
 CIFAR = DATA / "cifar10_subset.parquet"
 CIFAR_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -55,6 +57,15 @@ def test_digits_are_split_by_class_and_standardised() -> None:
     assert images.dtype == torch.float32
     assert abs(float(images.mean())) < 1e-4
     assert float(images.std()) == pytest.approx(1, abs=1e-3)
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    from sklearn.datasets import load_digits
+
+    found, expected = digits(), load_digits()
+    content = expected.images.astype(np.float32).tobytes() + expected.target.astype(np.int64).tobytes()
+    assert found.digest == hashlib.sha256(content).hexdigest()[:16]
+    assert found.class_names == tuple(str(name) for name in expected.target_names)
 
 
 def test_no_image_is_in_two_splits() -> None:
@@ -267,6 +278,17 @@ def test_an_image_folder_without_a_test_part(tmp_path: Path) -> None:
     assert tasks.data_digest(data) != ""
     with pytest.raises(TaskError, match=r"cat/0\.png: must be a PNG or JPEG image"):
         tasks.load(data)
+
+
+def test_a_search_split_of_nothing_is_refused_before_any_training(tmp_path: Path) -> None:
+    data = folder(tmp_path / "data", "train", "test")
+    assert tasks.info(data).num_classes == 2
+    for name in ("cat", "dog"):
+        for i in range(1, 5):
+            (tmp_path / "data" / "train" / name / f"{i}.png").unlink()
+    for ask in (tasks.info, tasks.load):
+        with pytest.raises(TaskError, match=r"the search split would be empty: .*each has 1; add images"):
+            ask(data)
 
 
 def test_image_folder_faults(tmp_path: Path) -> None:

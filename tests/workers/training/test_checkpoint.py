@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ from orchestrator.study.load import load_study
 from tests.probes import SETTINGS, Config, make_model, make_split, technique, weights
 from tests.processes import until
 from tests.studies import tiny_study
-from workers import stages
+from workers import artefact
+from workers.node import deadline
+from workers.node.deadline import DeadlineExceeded
 from workers.node.storage import LocalStorage
 from workers.run import run_trial
-from workers.training import checkpoint
+from workers.stages.graph import compile_recipe
+from workers.training import checkpoint, loop
 from workers.training.checkpoint import Checkpoints
 from workers.training.loop import TrainingDiverged, TrainingReport, train
 from workers.trial import Recipe, TrialSpec
@@ -49,7 +52,14 @@ def storage(tmp_path: Path) -> LocalStorage:
     return LocalStorage(tmp_path / "storage")
 
 
-def fit(model: nn.Module, storage: LocalStorage | None, *, kill_at: int | None = None, **more: Any) -> TrainingReport:
+def fit(
+    model: nn.Module,
+    storage: LocalStorage | None,
+    *,
+    kill_at: int | None = None,
+    tick: Callable[[], None] = lambda: None,
+    **more: Any,
+) -> TrainingReport:
     """Trains; ``kill_at`` ends it before that step, counted from 0 over the whole training."""
 
     def count(module: nn.Module, config: Config, progress: float) -> None:
@@ -61,7 +71,9 @@ def fit(model: nn.Module, storage: LocalStorage | None, *, kill_at: int | None =
     total = settings["epochs"] * math.ceil(len(split) / settings["batch_size"])
     checkpoints = None if storage is None else Checkpoints(storage, FOLDER, "identity")
     steps = [(technique(on_progress=count), Config())]
-    return train(model, split, settings, seed=3, device="cpu", steps=steps, validation=split, checkpoints=checkpoints)
+    return train(
+        model, split, settings, seed=3, device="cpu", steps=steps, validation=split, checkpoints=checkpoints, tick=tick
+    )
 
 
 def killed(storage: LocalStorage, at: int, **more: Any) -> None:
@@ -205,6 +217,44 @@ def test_a_diverged_training_leaves_nothing_to_go_on_from(storage: LocalStorage)
     assert storage.files(FOLDER) == []
 
 
+@pytest.mark.parametrize("at", [1, 4, 7, 15])
+def test_what_was_done_by_the_deadline_is_kept(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """Whatever ``checkpoint_s`` says: an interval longer than the limit would never keep anything."""
+    monkeypatch.setattr(loop, "CHUNK_S", 0.0)
+    looks: list[int] = []
+
+    def tick() -> None:
+        looks.append(1)
+        if len(looks) == ticks:
+            raise DeadlineExceeded("60.0 s of work of 60 s allowed")
+
+    whole, model, ticks = make_model(0.3), make_model(0.3), at + (at - 1) // 4  # one more a finished epoch of 4 steps
+    fit(whole, None)
+    with pytest.raises(DeadlineExceeded) as caught:
+        fit(make_model(0.3), storage, checkpoint_s=3600.0, tick=tick)
+    assert f"allowed; the training had done {at} of 16 steps (epoch {(at - 1) // 4 + 1} of 4), and would" in str(
+        caught.value
+    )
+    assert str(caught.value).endswith(f"; the next try goes on from step {at}")
+    assert fit(model, storage).resumed_at == at
+    assert torch.equal(weights(model), weights(whole))
+
+
+def test_a_baseline_that_is_cut_off_again_and_again_comes_further_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deadline, "GRACE", 100.0)  # a busy machine may take long for a step
+    context = load_study(tiny_study(training={"baseline": {"epochs": 100_000}})).context()
+    spec = TrialSpec("s", "t", Recipe(), 0, context, LocalStorage(tmp_path).url, timeout_s=1.0)
+    steps = []
+    for _ in range(2):
+        result = run_trial(spec)
+        assert result.status == "timeout"
+        assert "budget.trial_timeout must not be exceeded" in str(result.failure)
+        steps.append(int(str(result.failure).split("the next try goes on from step ")[1].split()[0]))
+    assert 0 < steps[0] < steps[1]
+
+
 SAVES_AND_WAITS = """
 import sys, time
 from workers.__main__ import main
@@ -232,7 +282,7 @@ def test_a_killed_process_costs_the_stage_nothing_that_was_saved(
     file = tmp_path / "spec.json"
     file.write_text(json.dumps(specs["killed"].to_dict()))
     storage = LocalStorage(tmp_path / "killed")
-    key = stages.compile_recipe(Recipe(), 0, context)[0].key
+    key = compile_recipe(Recipe(), 0, context)[0].key
     command = [sys.executable, "-c", SAVES_AND_WAITS, str(file)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
@@ -245,5 +295,5 @@ def test_a_killed_process_costs_the_stage_nothing_that_was_saved(
             assert run_trial(spec).status == "ok"
     assert [m for m in caplog.messages if "going on" in m] == ["going on after step 1 of 50"]
     assert storage.files(f"stages/{key}/training") == []
-    artefacts = {(tmp_path / name / "stages" / key / "model.safetensors").read_bytes() for name in specs}
-    assert len(artefacts) == 1
+    killed, whole = (artefact.files(tmp_path / name / "stages" / key) for name in specs)
+    assert killed == whole

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tests import threads
 from tests.probes import Config, fit, make_model, make_split, technique, weights
 from tests.workers.techniques.models import surroundings, vit
+from tests.workers.techniques.reduced import built, described
 from workers.tasks.image_classification import Split
 from workers.techniques import registry
 from workers.techniques.record import LossInputs, LossTerm
@@ -127,6 +128,19 @@ def test_calculating_activations_twice_changes_nothing(reducer: str | None) -> N
         fit_vit(model, settings={"grad_checkpointing": twice, "epochs": 1})
         assert len(calls) == (4 if twice else 2)
         assert not model.grad_checkpointing
+        trained.append(weights(model))
+    assert torch.equal(*trained)
+
+
+@pytest.mark.parametrize("name", ["eva02_small_patch14_224", "beit_base_patch16_224"])
+def test_blocks_that_a_model_goes_through_itself_are_calculated_twice_too(name: str) -> None:
+    trained, description = [], described(name, img_size=16, patch_size=4)
+    for twice in (False, True):
+        model = built(description)
+        calls: list[int] = []
+        model.blocks[1].norm1.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        fit_vit(model, settings={"grad_checkpointing": twice, "epochs": 1})
+        assert len(calls) == (4 if twice else 2)
         trained.append(weights(model))
     assert torch.equal(*trained)
 

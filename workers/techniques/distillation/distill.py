@@ -1,7 +1,7 @@
 """Knowledge distillation into a student of the same or of a smaller size.
 
 Source: Hinton et al., arXiv 1503.02531, section 2 (soft); Touvron et al., DeiT, arXiv 2012.12877, section 4 (hard).
-Differs from the paper: the teacher is the study's fine-tuned baseline; a smaller student is cut out of it (evenly spaced
+Differs from the papers: soft KD is the divergence, mean over images, where DeiT's code divides by the number of classes as well; the teacher is the study's fine-tuned baseline; a smaller student is cut out of it (evenly spaced
 blocks, strongest channels, heads and MLP dimensions), is another architecture, or starts anew. With a distillation token
 the distillation loss acts on its head alone, the task loss on the class token's, and evaluation takes the mean of
 both, as in DeiT; a token that is added to a trained student starts as a copy of the class token and its head.
@@ -15,7 +15,7 @@ Not covered: feature and attention losses; attention pooling in narrower student
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,7 +34,16 @@ from workers.techniques.distillation.distill_students import (
     student_layers,
     with_token,
 )
-from workers.techniques.pruning.shared_slicing import require_plain, stack_weights
+from workers.techniques.pruning.shared_prunable import (
+    Judge,
+    channels_fault,
+    depth_fault,
+    fault,
+    heads_fault,
+    hidden_fault,
+    require,
+)
+from workers.techniques.pruning.shared_slicing import stack_weights
 from workers.techniques.record import Applied, LossInputs, LossTerm, ModelInfo, Surroundings, Technique, choice, number
 
 BASELINE = "baseline"
@@ -139,11 +148,11 @@ def _smaller(info: ModelInfo, depth: int, heads: int) -> ModelInfo:
     if info.family != "timm":
         after = replace(info, **sizes)
         return replace(after, params=info.params - stack_weights(info) + stack_weights(after))
-    C, c = info.embed_dim, heads * info.head_dim
+    C, c, matrices = info.embed_dim, heads * info.head_dim, info.mlp_matrices
     prefix_and_patches = info.num_tokens + info.num_prefix_tokens
 
     def block(width: int, mlp: int) -> int:
-        return 4 * width * width + 4 * width + 2 * width * mlp + mlp + width + 4 * width
+        return 4 * width * width + 4 * width + matrices * width * mlp + (matrices - 1) * mlp + width + 4 * width
 
     def outside(width: int) -> int:
         per_channel = info.patch_size**2 * info.in_chans + 1 + prefix_and_patches + 2
@@ -152,6 +161,29 @@ def _smaller(info: ModelInfo, depth: int, heads: int) -> ModelInfo:
     # A plain block has biases and two norms; what else a model has (LayerScale, q/k norms) is small and left out.
     lost = outside(C) - outside(c) + info.depth * block(C, info.mlp_hidden[0]) - depth * block(c, hidden)
     return replace(info, **sizes, embed_dim=c, params=info.params - lost)
+
+
+def _wanted(config: Config) -> dict[str, Judge]:
+    """Returns who judges how the student is cut."""
+    narrower = (heads_fault, hidden_fault, channels_fault) if config.width < 1 else ()
+    judges: dict[str, Judge] = {f"width={config.width:g}": lambda info: _first(judge(info) for judge in narrower)}
+    return judges | ({f"depth={config.depth:g}": depth_fault} if config.depth < 1 else {})
+
+
+def _first(reasons: Iterable[str | None]) -> str | None:
+    return next((reason for reason in reasons if reason), None)
+
+
+def token_fault(info: ModelInfo) -> str | None:
+    """Returns why a model cannot get a distillation token, or None."""
+    if not (info.has_class_token and info.num_prefix_tokens == 1):
+        return "the model must have a class token and neither a distillation token yet nor registers"
+    if info.pooling != "token" or info.norm_after_pool:
+        after = " after its last norm" if info.norm_after_pool else ""
+        return f"the head must read the class token, normalised with all others; here it reads {info.pooling!r}{after}"
+    if not info.has_positions or info.block not in ("Block", "vision_transformer.ResPostBlock"):
+        return f"the model must be a plain ViT with position embeddings; here the blocks are {info.block}"
+    return None
 
 
 def _check(info: ModelInfo, config: Config) -> str | None:
@@ -176,9 +208,10 @@ def _check(info: ModelInfo, config: Config) -> str | None:
         return f"depth={config.depth:g} of {info.depth} blocks removes none"
     if config.width < 1 and int(info.num_heads[0] * config.width) in (0, info.num_heads[0]):
         return f"width={config.width:g} of {info.num_heads[0]} heads leaves no smaller whole number of heads"
-    if config.token and not (info.has_class_token and info.num_prefix_tokens == 1):
-        return "token: the model must have a class token and neither a distillation token yet nor registers"
-    return None
+    reason = fault(info, _wanted(config))
+    if config.token and reason is None and (reason := token_fault(info)):
+        reason = f"token: {reason}"
+    return reason
 
 
 def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
@@ -192,11 +225,8 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     block = student.blocks[0]
     resolved["layers"] = layers = student_layers(len(student.blocks), config.depth)
     resolved["heads"] = heads = max(1, int(block.attn.num_heads * config.width))
-    resolved["hidden"] = hidden = block.mlp.fc1.out_features * heads // block.attn.num_heads
-    if config.width < 1:
-        require_plain(student, "distill")
-        if student.attn_pool is not None:
-            raise ValueError("distill: width must be 1.0 for a model with attention pooling")
+    resolved["hidden"] = hidden = block.mlp.fc2.in_features * heads // block.attn.num_heads
+    require(student, "distill", _wanted(config))
     if student is vit and (config.width < 1 or config.depth < 1 or config.token or config.init == "random"):
         student = copy.deepcopy(vit)
     if config.width < 1 or config.depth < 1:

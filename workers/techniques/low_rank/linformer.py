@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from workers.techniques.low_rank.shared_attention import (
     LowRankAttention,
+    attention_fault,
     attention_names,
     replace_attention,
     require_attention,
@@ -104,6 +105,10 @@ class LinformerAttention(LowRankAttention):
 
 
 def _check(info: ModelInfo, config: Config) -> str | None:
+    if reason := attention_fault(info):
+        return reason
+    if info.drops_patches:
+        return "patch_drop_rate must be 0: the projections are made for all tokens, and training would have fewer"
     if config.k >= info.num_tokens:
         return f"k={config.k} must be below the {info.num_tokens} tokens: otherwise nothing is projected away"
     if config.k <= info.num_prefix_tokens:

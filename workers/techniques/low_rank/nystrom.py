@@ -3,7 +3,8 @@
 Source: Xiong et al., Nystromformer, arXiv 2102.03902, section 3 and algorithm 1.
 Differs from the paper: no depthwise convolution beside the attention (the weights are a trained exact attention's); the
 inverse starts from the largest column sum of each batch element and head, so that an image's result does not depend on
-the others in its batch; segments may differ in length by one, so any N goes; the inverse is calculated in float32 at least.
+the others in its batch; segments may differ in length by one, so any N goes; the inverse is calculated in float32 at least; the
+iterations are free where the paper has 6. Over 10 can be far worse: the exact inverse magnifies what the landmarks leave out.
 Size is unchanged. Costs more than exact attention on short sequences: at 224 px (N = 197) m = 64 with 6 iterations costs
 about twice the exact product; it pays from about N = 577 (384 px) on.
 Not covered: attention masks (hence no proportional attention), dropout of attention weights.
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from workers.techniques.low_rank.shared_attention import (
     LowRankAttention,
+    attention_fault,
     attention_names,
     replace_attention,
     require_attention,
@@ -33,7 +35,9 @@ class Config:
     """How many landmarks stand for the sequence, and how well their matrix is inverted."""
 
     landmarks: int = number(64, 4, 128, 1, search=(24, 96, 8), doc="segment means that stand for the N tokens")
-    iterations: int = number(6, 1, 20, 1, search=(2, 6, 2), doc="steps of the iterative pseudo-inverse")
+    iterations: int = number(
+        6, 1, 20, 1, search=(2, 6, 2), doc="steps of the iterative pseudo-inverse; over 10 can be worse"
+    )
     recover: bool = choice(False, (True, False), search=(False,), doc="asks for the recovery training")
 
 
@@ -112,6 +116,8 @@ class NystromAttention(LowRankAttention):
 
 
 def _check(info: ModelInfo, config: Config) -> str | None:
+    if reason := attention_fault(info):
+        return reason
     if config.landmarks >= info.num_tokens:
         return (
             f"landmarks={config.landmarks} must be below the {info.num_tokens} tokens: otherwise it is exact attention"

@@ -18,7 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.techniques.low_rank.shared_attention import attention_names, replace_attention, require_attention
+from workers.techniques.low_rank.shared_attention import (
+    attention_fault,
+    attention_names,
+    replace_attention,
+    require_attention,
+)
 from workers.techniques.low_rank.shared_random_features import (
     RandomFeatureAttention,
     draw_projections,
@@ -95,6 +100,8 @@ class PerformerAttention(RandomFeatureAttention):
 
 
 def _check(info: ModelInfo, config: Config) -> str | None:
+    if reason := attention_fault(info):
+        return reason
     if info.head_dim < 2:
         return "head_dim must be 2 or more: int(D ln D) is 0 for 1"
     return None

@@ -21,7 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.techniques.low_rank.shared_attention import attention_names, replace_attention, require_attention
+from workers.techniques.low_rank.shared_attention import (
+    attention_fault,
+    attention_names,
+    replace_attention,
+    require_attention,
+)
 from workers.techniques.low_rank.shared_random_features import (
     RandomFeatureAttention,
     draw_projections,
@@ -152,6 +157,8 @@ class ScatterbrainAttention(RandomFeatureAttention):
 
 
 def _check(info: ModelInfo, config: Config) -> str | None:
+    if reason := attention_fault(info):
+        return reason
     if info.head_dim < 2:
         return "head_dim must be 2 or more: int(D ln D) is 0 for 1"
     patches = info.num_tokens - info.num_prefix_tokens

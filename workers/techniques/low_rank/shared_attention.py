@@ -9,6 +9,8 @@ from typing import Any, ClassVar, cast
 from timm.layers import Attention
 from torch import Tensor, nn
 
+from workers.techniques.record import ModelInfo
+
 
 class LowRankAttention(nn.Module, ABC):
     """Takes the place of a timm ``Attention``: the same children under the same names, hence the same weights.
@@ -60,6 +62,13 @@ class LowRankAttention(nn.Module, ABC):
         if attn_mask is not None or is_causal:
             raise ValueError(f"{self.technique}: attention masks are not possible, there is no N by N map to mask")
         return self.join(x, self.mix(*self.split(x)))
+
+
+def attention_fault(info: ModelInfo) -> str | None:
+    """Returns why no :class:`LowRankAttention` can take the place of a model's attentions, or None."""
+    if info.attention == "Attention":
+        return None
+    return f"takes the place of timm's Attention; here the blocks have {info.attention}"
 
 
 def require_attention(model: nn.Module, technique: str) -> None:

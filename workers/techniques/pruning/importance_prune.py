@@ -23,8 +23,15 @@ from torch import Tensor, nn
 
 from workers.techniques.low_rank.shared_random_features import RandomFeatureAttention
 from workers.techniques.pruning.importance_prune_gates import Gate, GatedKeys, HeadGates, open_gates
+from workers.techniques.pruning.shared_prunable import (
+    Judge,
+    fault,
+    head_dims_fault,
+    heads_fault,
+    hidden_fault,
+    require,
+)
 from workers.techniques.pruning.shared_slicing import (
-    HEADS_NORMALISED,
     dimensions,
     head_dim_sums,
     head_magnitudes,
@@ -32,8 +39,6 @@ from workers.techniques.pruning.shared_slicing import (
     keep_head_dims,
     keep_heads,
     keep_hidden,
-    require_plain,
-    require_plain_heads,
     shrink_to,
 )
 from workers.techniques.record import Applied, LossInputs, LossTerm, ModelInfo, Surroundings, Technique, choice, number
@@ -78,7 +83,7 @@ def _put_gates(model: nn.Module, config: Mapping[str, Any]) -> nn.Module:
         if dims is not None:
             attn.q_norm = dims
         if config["mlp_ratio"]:
-            mlp.norm = Gate(mlp.fc1.out_features, device)
+            mlp.norm = Gate(mlp.fc2.in_features, device)
     # New modules are in training mode, where gates are soft.
     return model.train(model.training)
 
@@ -166,7 +171,7 @@ def _finalise(model: nn.Module, config: Config) -> dict[str, Any]:
 
 def _cut_attention(attn: Any) -> None:
     """Cuts the attention of a block, also one that a low-rank attention has taken the place of."""
-    gates = attn.norm
+    gates = getattr(attn, "norm", None)
     if not isinstance(gates, HeadGates):
         return
     attn.norm, attn.k_norm = nn.Identity(), attn.k_norm.norm
@@ -190,9 +195,21 @@ def _cut_attention(attn: Any) -> None:
 # --- record -----------------------------------------------------------------------------------------------------------
 
 
+JUDGES: Mapping[str, Judge] = {
+    "head_ratio": heads_fault,
+    "mlp_ratio": hidden_fault,
+    "head_dim_ratio": head_dims_fault,
+}
+
+
+def _wanted(config: Config) -> dict[str, Judge]:
+    """Returns who judges what the config asks for."""
+    return {f"{name}={value:g}": judge for name, judge in JUDGES.items() if (value := getattr(config, name))}
+
+
 def _check(info: ModelInfo, config: Config) -> str | None:
-    if config.head_dim_ratio and info.has_qk_norm:
-        return f"head_dim_ratio={config.head_dim_ratio:g}: {HEADS_NORMALISED}; must be 0"
+    if reason := fault(info, _wanted(config)):
+        return f"{reason}; must be 0"
     if not any(_removes(info, kind, config) for kind in KINDS):
         ratios = ", ".join(f"{kind.ratio}={getattr(config, kind.ratio):g}" for kind in KINDS)
         return (
@@ -214,9 +231,7 @@ def _removes(info: ModelInfo, kind: Kind, config: Config) -> bool:
 
 
 def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
-    require_plain(model, "importance_prune")
-    if config.head_dim_ratio:
-        require_plain_heads(model, "importance_prune")
+    require(model, "importance_prune", _wanted(config))
     vit: Any = model
     ratios = {name: value for name, value in vars(config).items() if name.endswith("_ratio")}
     _put_gates(model, ratios)

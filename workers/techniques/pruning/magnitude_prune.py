@@ -10,25 +10,37 @@ counts alone build the structure again on the meta device.
 Saves parameters, bytes, MACs and time; needs the recovery training (accuracy before it says nothing about after it).
 On a vision-language model it prunes the layers that see both modalities, ViLT's all and METER's fusion layers; the softmax keeps its
 scale there, and embed_ratio is 0. METER's encoders stay: a recipe can make them small with a quantiser.
-Not covered: norms over heads or MLP dimensions (timm's scale_attn_norm, scale_mlp_norm), gated MLPs; head dimensions of
-models that normalise queries and keys; channels of models that pool by attention.
+Not covered: heads where timm normalises over them (scale_attn_norm), MLP dimensions likewise (scale_mlp_norm), head dimensions where
+queries and keys are normalised; heads and channels of other attentions than timm's plain one (rotary, relative, differential);
+channels of models that pool by attention; blocks whose rotary angles are their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from workers.techniques.backbones import by_backbone
-from workers.techniques.pruning.shared_slicing import (
+from workers.techniques.pruning.shared_prunable import (
     HEADS_NORMALISED,
+    Judge,
+    channels_fault,
+    depth_fault,
+    fault,
+    head_dims_fault,
+    heads_fault,
+    hidden_fault,
+    require,
+)
+from workers.techniques.pruning.shared_slicing import (
     block_magnitude,
     channel_magnitudes,
     dimensions,
+    head_dim,
     head_dim_sums,
     head_magnitudes,
     hidden_magnitudes,
@@ -39,9 +51,6 @@ from workers.techniques.pruning.shared_slicing import (
     keep_hidden,
     largest,
     multiple,
-    require_plain,
-    require_plain_heads,
-    require_plain_stream,
     shrink_to,
     stack_weights,
 )
@@ -99,7 +108,23 @@ def _weights(info: ModelInfo) -> int:
     )
 
 
+JUDGES: Mapping[str, Judge] = {
+    "head_ratio": heads_fault,
+    "mlp_ratio": hidden_fault,
+    "head_dim_ratio": head_dims_fault,
+    "embed_ratio": channels_fault,
+    "depth_ratio": depth_fault,
+}
+
+
+def _wanted(config: Config) -> dict[str, Judge]:
+    """Returns who judges what the config asks for."""
+    return {f"{name}={value:g}": judge for name, judge in JUDGES.items() if (value := getattr(config, name))}
+
+
 def _check(info: ModelInfo, config: Config) -> str | None:
+    if reason := fault(info, _wanted(config)):
+        return f"{reason}; must be 0"
     if config.head_dim_ratio and info.has_qk_norm:
         return f"head_dim_ratio={config.head_dim_ratio:g}: {HEADS_NORMALISED}; must be 0"
     if config.embed_ratio and info.family != "timm":
@@ -108,7 +133,7 @@ def _check(info: ModelInfo, config: Config) -> str | None:
             "poolers, which are not pruned; must be 0"
         )
     after = _after(info, config)
-    if astuple(replace(after, params=0)) == astuple(replace(info, params=0)):
+    if replace(after, params=0) == replace(info, params=0):
         ratios = ", ".join(f"{name}={value:g}" for name, value in vars(config).items() if name != "round_to")
         return (
             f"{ratios} (round_to={config.round_to}) remove nothing from {max(info.num_heads)} heads of {info.head_dim} "
@@ -124,37 +149,33 @@ def _prune_block(block: Any, config: Config) -> list[str]:
     """Cuts one block; returns which of its parts changed."""
     attn, mlp, changed = block.attn, block.mlp, []
     heads = kept_whole(attn.num_heads, config.head_ratio)
-    dims = kept_dims(attn.head_dim, config.head_dim_ratio, config.round_to)
-    hidden = kept_dims(mlp.fc1.out_features, config.mlp_ratio, config.round_to)
-    if heads < attn.num_heads or dims < attn.head_dim:
+    width = head_dim(attn)
+    dims = kept_dims(width, config.head_dim_ratio, config.round_to)
+    hidden = kept_dims(mlp.fc2.in_features, config.mlp_ratio, config.round_to)
+    if heads < attn.num_heads or dims < width:
         changed.append("attn")
     if heads < attn.num_heads:
         keep_heads(attn, largest(head_magnitudes(attn), heads))
-    if dims < attn.head_dim:
+    if dims < width:
         qk, v = head_dim_sums(attn)
         keep_head_dims(attn, largest(qk, dims), largest(v, dims))
-    if hidden < mlp.fc1.out_features:
+    if hidden < mlp.fc2.in_features:
         keep_hidden(mlp, largest(hidden_magnitudes(mlp), hidden))
         changed.append("mlp")
     return changed
 
 
 def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
-    require_plain(model, "magnitude_prune")
-    if config.head_dim_ratio:
-        require_plain_heads(model, "magnitude_prune")
-    if config.embed_ratio:
-        require_plain_stream(model, "magnitude_prune")
+    require(model, "magnitude_prune", _wanted(config))
     vit: Any = model
     changed = []
-    blocks = torch.tensor([block_magnitude(block) for block in vit.blocks])
-    layers = kept_whole(len(blocks), config.depth_ratio)
+    layers = kept_whole(len(vit.blocks), config.depth_ratio)
     channels = kept_dims(vit.embed_dim, config.embed_ratio, config.round_to)
-    kept: list[int] = largest(blocks, layers).tolist()
-    if layers < len(blocks):
+    kept: list[int] = largest(torch.tensor([block_magnitude(block) for block in vit.blocks]), layers).tolist()
+    if layers < len(vit.blocks):
         keep_blocks(vit, kept)
         changed.append("blocks")
-    strengths = channel_magnitudes(vit)
+    strengths = channel_magnitudes(vit) if channels < vit.embed_dim else torch.empty(0)
     for i, block in enumerate(vit.blocks):
         changed += [f"blocks.{i}.{part}" for part in _prune_block(block, config)]
     if channels < vit.embed_dim:

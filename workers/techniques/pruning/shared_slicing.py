@@ -10,55 +10,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from timm.layers import Attention, LayerScale, Mlp
+from timm.layers import LayerScale
 from torch import Tensor, nn
 
+from workers.models.timm_vit import POST_NORM
 from workers.techniques.record import ModelInfo
-
-HEADS_NORMALISED = "queries and keys are normalised over the dimensions of a head, none of which can be removed"
-
-
-def require_plain(model: nn.Module, technique: str) -> None:
-    """Refuses blocks whose dimensions cannot be removed without changing what the others compute.
-
-    Raises:
-        ValueError: naming the block, for other attention or MLP types and for norms over the dimensions to remove.
-    """
-    vit: Any = model
-    for name, block in vit.blocks.named_children():
-        if type(block.attn) is not Attention or type(block.mlp) is not Mlp:
-            raise ValueError(
-                f"{technique}: blocks.{name} must have timm's Attention and Mlp, "
-                f"found {type(block.attn).__name__} and {type(block.mlp).__name__}"
-            )
-        if not isinstance(block.attn.norm, nn.Identity) or not isinstance(block.mlp.norm, nn.Identity):
-            raise ValueError(
-                f"{technique}: blocks.{name} normalises over its heads or MLP dimensions; none can be removed"
-            )
-
-
-def require_plain_heads(model: nn.Module, technique: str) -> None:
-    """Refuses a model whose heads are normalised over their dimensions: the norm would see others.
-
-    Raises:
-        ValueError: naming the block.
-    """
-    vit: Any = model
-    for name, block in vit.blocks.named_children():
-        if not isinstance(block.attn.q_norm, nn.Identity) or not isinstance(block.attn.k_norm, nn.Identity):
-            raise ValueError(f"{technique}: blocks.{name}: {HEADS_NORMALISED}")
-
-
-def require_plain_stream(model: nn.Module, technique: str) -> None:
-    """Refuses a model that reads the residual stream with more than norms and linear heads.
-
-    Raises:
-        ValueError: for attention pooling.
-    """
-    vit: Any = model
-    if getattr(vit, "attn_pool", None) is not None:
-        raise ValueError(f"{technique}: the model pools by attention over its channels; none can be removed")
-
 
 # --- counts -----------------------------------------------------------------------------------------------------------
 
@@ -74,9 +30,14 @@ def dimensions(model: nn.Module) -> dict[str, Any]:
     return {
         "channels": vit.embed_dim,
         "heads": [block.attn.num_heads for block in vit.blocks],
-        "head_dims": [block.attn.head_dim for block in vit.blocks],
-        "hidden": [block.mlp.fc1.out_features for block in vit.blocks],
+        "head_dims": [head_dim(block.attn) for block in vit.blocks],
+        "hidden": [block.mlp.fc2.in_features for block in vit.blocks],
     }
+
+
+def head_dim(attn: Any) -> int:
+    """Returns the dimensions of a head of any attention of timm."""
+    return int(getattr(attn, "head_dim", attn.proj.in_features // attn.num_heads))
 
 
 def shrink_to(model: nn.Module, counts: Mapping[str, Any]) -> nn.Module:
@@ -91,11 +52,13 @@ def shrink_to(model: nn.Module, counts: Mapping[str, Any]) -> nn.Module:
     for block, heads, dims, hidden in zip(
         vit.blocks, counts["heads"], counts["head_dims"], counts["hidden"], strict=True
     ):
-        keep_heads(block.attn, torch.arange(heads, device=device))
-        if dims < block.attn.head_dim:
+        if heads < block.attn.num_heads:
+            keep_heads(block.attn, torch.arange(heads, device=device))
+        if dims < head_dim(block.attn):
             first = torch.arange(dims, device=device).expand(heads, -1)
             keep_head_dims(block.attn, first, first)
-        keep_hidden(block.mlp, torch.arange(hidden, device=device))
+        if hidden < block.mlp.fc2.in_features:
+            keep_hidden(block.mlp, torch.arange(hidden, device=device))
     if counts["channels"] < vit.embed_dim:
         keep_channels(vit, torch.arange(counts["channels"], device=device))
     return model
@@ -110,9 +73,9 @@ def stack_weights(info: ModelInfo) -> int:
     C, (attentions, mlps) = info.embed_dim, PARTS[info.family]
     total = 0
     for heads, hidden in zip(info.num_heads, info.mlp_hidden, strict=True):
-        # Queries, keys, values and projection; both layers of an MLP; biases; a norm each.
+        # Queries, keys, values and projection; the layers of an MLP; biases; a norm each.
         total += attentions * (heads * info.head_dim * (4 * C + 3) + C + 2 * C)
-        total += mlps * (hidden * (2 * C + 1) + C + 2 * C)
+        total += mlps * (hidden * (info.mlp_matrices * C + info.mlp_matrices - 1) + C + 2 * C)
     return total
 
 
@@ -138,10 +101,20 @@ def head_dim_sums(attn: Any, measure: Callable[[Tensor], Tensor] = squares) -> t
 
 
 def hidden_sums(mlp: Any, measure: Callable[[Tensor], Tensor] = squares) -> Tensor:
-    """Adds up ``measure`` of all weights of each hidden dimension of an MLP: (hidden,)."""
-    rows: Tensor = measure(mlp.fc1.weight).sum(dim=1)
+    """Adds up ``measure`` of all weights of each hidden dimension of an MLP: (hidden,), of a gated one those of its gate too."""
     columns: Tensor = measure(mlp.fc2.weight).sum(dim=0)
-    return rows + columns
+    return by_hidden(mlp, lambda layer: measure(layer.weight).sum(dim=1)) + columns
+
+
+def first_layers(mlp: Any) -> dict[str, nn.Linear]:
+    """Returns the layers of an MLP that read the stream, by name: one, or that of the gate and that of what is gated."""
+    return {name: getattr(mlp, name) for name in ("fc1", "fc1_g", "fc1_x") if hasattr(mlp, name)}
+
+
+def by_hidden(mlp: Any, measure: Callable[[nn.Linear], Tensor]) -> Tensor:
+    """Adds up ``measure``, a number a row, of the first layers by the hidden dimension that a row belongs to: (hidden,)."""
+    rows = torch.cat([measure(layer) for layer in first_layers(mlp).values()])
+    return rows.reshape(-1, mlp.fc2.in_features).sum(dim=0)
 
 
 def head_magnitudes(attn: Any) -> Tensor:
@@ -157,7 +130,7 @@ def hidden_magnitudes(mlp: Any) -> Tensor:
 
 def block_magnitude(block: Any) -> float:
     """Returns the L2 norm of the weights with which a block writes into the residual stream, its LayerScale included."""
-    return float((_written(block.attn.proj, block.ls1) + _written(block.mlp.fc2, block.ls2)).sum().sqrt())
+    return float(written(block).sum().sqrt())
 
 
 def channel_magnitudes(model: nn.Module) -> Tensor:
@@ -167,14 +140,25 @@ def channel_magnitudes(model: nn.Module) -> Tensor:
     if vit.pos_embed is not None:
         total = total + vit.pos_embed.detach().float().flatten(0, 1).pow(2).sum(dim=0)
     for block in vit.blocks:
-        total = total + _written(block.attn.proj, block.ls1) + _written(block.mlp.fc2, block.ls2)
+        total = total + written(block)
     return total.sqrt()
 
 
-def _written(writer: Any, scale: nn.Module) -> Tensor:
-    """Returns (C,): the squared norm of the rows of a linear layer, times those of the LayerScale after it."""
+def written(block: Any) -> Tensor:
+    """Returns (C,): the squared norms of the rows with which a block writes, times its LayerScale's, or a last norm's in their place."""
+    if isinstance(
+        block, POST_NORM
+    ):  # what comes out has the variance 1 before the norm's factors, whatever the rows are
+        return squares(block.norm1.weight) + squares(block.norm2.weight)
+    parts = ((block.attn.proj, "ls1", "gamma_1"), (block.mlp.fc2, "ls2", "gamma_2"))
+    return torch.stack([_scaled(writer, block, *scales) for writer, *scales in parts]).sum(dim=0)
+
+
+def _scaled(writer: Any, block: Any, module: str, parameter: str) -> Tensor:
     rows = squares(writer.weight).sum(dim=1)
-    return rows * squares(scale.gamma) if isinstance(scale, LayerScale) else rows
+    scale = getattr(block, module, None)
+    factors = scale.gamma if isinstance(scale, LayerScale) else getattr(block, parameter, None)
+    return rows if factors is None else rows * squares(factors)
 
 
 def largest(magnitudes: Tensor, count: int) -> Tensor:
@@ -235,8 +219,12 @@ def keep_head_dims(attn: Any, qk: Tensor, v: Tensor) -> None:
 
 
 def keep_hidden(mlp: Any, dims: Tensor) -> None:
-    """Leaves the given hidden dimensions of a timm ``Mlp``."""
-    mlp.fc1, mlp.fc2 = sliced(mlp.fc1, rows=dims), sliced(mlp.fc2, columns=dims)
+    """Leaves the given hidden dimensions of a timm ``Mlp``, or with their gates of a ``GluMlp`` or ``SwiGLU``."""
+    hidden = mlp.fc2.in_features
+    for name, layer in first_layers(mlp).items():
+        starts = torch.arange(0, layer.out_features, hidden, device=dims.device)[:, None]
+        setattr(mlp, name, sliced(layer, rows=(starts + dims).flatten()))
+    mlp.fc2 = sliced(mlp.fc2, columns=dims)
 
 
 def keep_blocks(model: nn.Module, blocks: list[int]) -> None:
@@ -260,17 +248,24 @@ def keep_channels(model: nn.Module, channels: Tensor) -> None:
     for norm in (vit.patch_embed.norm, vit.norm_pre, vit.norm, vit.fc_norm):
         _keep_in_vector(norm, channels)
     for block in vit.blocks:
-        for part in (block.norm1, block.norm2, block.ls1, block.ls2):
+        for part in stream_vectors(block):
             _keep_in_vector(part, channels)
         attn, mlp = block.attn, block.mlp
         attn.qkv, attn.proj = sliced(attn.qkv, columns=channels), sliced(attn.proj, rows=channels)
         if attn.gate is not None:
             attn.gate = sliced(attn.gate, columns=channels)
-        mlp.fc1, mlp.fc2 = sliced(mlp.fc1, columns=channels), sliced(mlp.fc2, rows=channels)
+        for name, layer in first_layers(mlp).items():
+            setattr(mlp, name, sliced(layer, columns=channels))
+        mlp.fc2 = sliced(mlp.fc2, rows=channels)
     for head in ("head", "head_dist"):
         if isinstance(getattr(vit, head, None), nn.Linear):
             setattr(vit, head, sliced(getattr(vit, head), columns=channels))
     vit.embed_dim = vit.num_features = vit.head_hidden_size = len(channels)
+
+
+def stream_vectors(block: Any) -> list[nn.Module]:
+    """Returns the norms and LayerScales of a block, which have a number a channel of the residual stream."""
+    return [getattr(block, name) for name in ("norm1", "norm2", "ls1", "ls2") if hasattr(block, name)]
 
 
 def _cut(parameter: Tensor, index: Tensor, dim: int = -1) -> nn.Parameter:

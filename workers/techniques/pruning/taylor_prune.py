@@ -23,9 +23,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workers.techniques.pruning.shared_prunable import (
+    Judge,
+    channels_fault,
+    fault,
+    head_dims_fault,
+    heads_fault,
+    hidden_fault,
+    require,
+)
 from workers.techniques.pruning.shared_slicing import (
-    HEADS_NORMALISED,
+    by_hidden,
     dimensions,
+    first_layers,
+    head_dim,
     head_dim_sums,
     hidden_sums,
     keep_channels,
@@ -33,10 +44,8 @@ from workers.techniques.pruning.shared_slicing import (
     keep_heads,
     keep_hidden,
     largest,
-    require_plain,
-    require_plain_heads,
-    require_plain_stream,
     shrink_to,
+    stream_vectors,
 )
 from workers.techniques.pruning.taylor_prune_mac_budget import Queue, Sizes, spend
 from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, choice, number
@@ -92,17 +101,23 @@ class Importance:
         return found.sort().values
 
 
-def importance(model: nn.Module, surroundings: Surroundings, batches: int) -> Importance:
-    """Measures the importance of all groups on the first training batches, in eval mode; gradients are cleared afterwards."""
+def importance(
+    model: nn.Module, surroundings: Surroundings, batches: int, kinds: tuple[str, ...] = KINDS["all"]
+) -> Importance:
+    """Measures the importance of groups on the first training batches, in eval mode; gradients are cleared afterwards.
+
+    Args:
+        kinds: what may be removed; of anything else it is 0, since not every attention has it.
+    """
     vit: Any = model
     device = vit.patch_embed.proj.weight.device
     blocks, was_training = list(vit.blocks), vit.training
-    shapes = [(block.attn.num_heads, block.attn.head_dim) for block in blocks]
+    shapes = [(block.attn.num_heads, head_dim(block.attn)) for block in blocks]
     found = Importance(
         [torch.zeros(H, device=device) for H, _ in shapes],
         [torch.zeros(H, D, device=device) for H, D in shapes],
         [torch.zeros(H, D, device=device) for H, D in shapes],
-        [torch.zeros(block.mlp.fc1.out_features, device=device) for block in blocks],
+        [torch.zeros(block.mlp.fc2.in_features, device=device) for block in blocks],
         torch.zeros(vit.embed_dim, device=device),
     )
     model.eval()
@@ -110,12 +125,14 @@ def importance(model: nn.Module, surroundings: Surroundings, batches: int) -> Im
         model.zero_grad(set_to_none=True)
         F.cross_entropy(model(images).float(), labels).backward()  # type: ignore[no-untyped-call]
         for i, block in enumerate(blocks):
-            qk, v = _head_dims(block.attn)
-            found.heads[i] += (qk + v).sum(dim=1).square()
-            found.qk[i] += qk.square()
-            found.v[i] += v.square()
-            found.hidden[i] += (hidden_sums(block.mlp, _first_order) + _first_order(block.mlp.fc1.bias)).square()
-        found.channels += _channels(vit).square()
+            if "heads" in kinds:
+                qk, v = _head_dims(block.attn)
+                found.heads[i] += (qk + v).sum(dim=1).square()
+                found.qk[i] += qk.square()
+                found.v[i] += v.square()
+            found.hidden[i] += _hidden(block.mlp).square()
+        if "channels" in kinds:
+            found.channels += _channels(vit).square()
         surroundings.tick()
     model.zero_grad(set_to_none=True)
     model.train(was_training)
@@ -141,6 +158,13 @@ def _head_dims(attn: Any) -> tuple[Tensor, Tensor]:
     return qk, v
 
 
+def _hidden(mlp: Any) -> Tensor:
+    """Returns (M,): first-order changes of all weights of each hidden dimension, biases among them."""
+    weights = hidden_sums(mlp, _first_order)
+    biased = all(layer.bias is not None for layer in first_layers(mlp).values())
+    return weights + by_hidden(mlp, lambda layer: _first_order(layer.bias)) if biased else weights
+
+
 def _channels(vit: Any) -> Tensor:
     """Returns (C,): first-order changes of all weights that write into or read from each channel."""
     conv = vit.patch_embed.proj
@@ -151,8 +175,8 @@ def _channels(vit: Any) -> Tensor:
     vectors = [vit.patch_embed.norm, vit.norm_pre, vit.norm, vit.fc_norm]
     readers, writers = [vit.head, getattr(vit, "head_dist", None)], []
     for block in vit.blocks:
-        vectors += [block.norm1, block.norm2, block.ls1, block.ls2]
-        readers += [block.attn.qkv, block.attn.gate, block.mlp.fc1]
+        vectors += stream_vectors(block)
+        readers += [block.attn.qkv, block.attn.gate, *first_layers(block.mlp).values()]
         writers += [block.attn.proj, block.mlp.fc2]
     for vector in vectors:
         for parameter in vector.parameters(recurse=False):
@@ -169,7 +193,8 @@ def _sizes(model: nn.Module) -> Sizes:
     vit: Any = model
     counts = dimensions(model)
     tokens = vit.patch_embed.num_patches + vit.num_prefix_tokens
-    return Sizes(tokens, counts["channels"], counts["heads"], counts["head_dims"], counts["hidden"])
+    matrices = 1 + sum(layer.out_features for layer in first_layers(vit.blocks[0].mlp).values()) // counts["hidden"][0]
+    return Sizes(tokens, counts["channels"], counts["heads"], counts["head_dims"], counts["hidden"], matrices)
 
 
 # --- the cut ----------------------------------------------------------------------------------------------------------
@@ -200,9 +225,9 @@ def _cut(model: nn.Module, found: Importance, sizes: Sizes) -> None:
             heads = largest(found.heads[i], sizes.heads[i])
             keep_heads(attn, heads)
             qk, v = qk[heads], v[heads]
-        if sizes.head_dims[i] < attn.head_dim:
+        if sizes.head_dims[i] < head_dim(attn):
             keep_head_dims(attn, largest(qk, sizes.head_dims[i]), largest(v, sizes.head_dims[i]))
-        if sizes.hidden[i] < block.mlp.fc1.out_features:
+        if sizes.hidden[i] < block.mlp.fc2.in_features:
             keep_hidden(block.mlp, largest(found.hidden[i], sizes.hidden[i]))
     if sizes.channels < vit.embed_dim:
         keep_channels(vit, largest(found.channels, sizes.channels))
@@ -222,12 +247,27 @@ def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 # --- record -----------------------------------------------------------------------------------------------------------
 
 
+JUDGES: Mapping[str, Judge] = {
+    "heads": heads_fault,
+    "head_dims": head_dims_fault,
+    "hidden": hidden_fault,
+    "channels": channels_fault,
+}
+
+
+def _fault(info: ModelInfo, kinds: tuple[str, ...]) -> str | None:
+    """Returns why a kind cannot be removed from the model, or None."""
+    return fault(info, {kind: JUDGES[kind] for kind in kinds})
+
+
 def _check(info: ModelInfo, config: Config) -> str | None:
-    if "head_dims" in KINDS[config.dimensions] and info.has_qk_norm:
-        return f"dimensions={config.dimensions}: {HEADS_NORMALISED}; must be mlp or heads+mlp"
+    if reason := _fault(info, KINDS[config.dimensions]):
+        able = " or ".join(name for name, kinds in KINDS.items() if _fault(info, kinds) is None)
+        return f"dimensions={config.dimensions}: {reason}" + (f"; must be {able}" if able else "")
     sizes = Sizes(
-        info.num_tokens, info.embed_dim, list(info.num_heads), [info.head_dim] * info.depth, list(info.mlp_hidden)
-    )
+        info.num_tokens, info.embed_dim, list(info.num_heads), [info.head_dim] * info.depth, list(info.mlp_hidden),
+        info.mlp_matrices,
+    )  # fmt: skip
     whole = sizes.macs()
     if config.ratio == 0:
         return "ratio=0 removes nothing"
@@ -240,14 +280,11 @@ def _check(info: ModelInfo, config: Config) -> str | None:
 
 
 def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
-    require_plain(model, "taylor_prune")
-    if "head_dims" in KINDS[config.dimensions]:
-        require_plain_heads(model, "taylor_prune")
-    if "channels" in KINDS[config.dimensions]:
-        require_plain_stream(model, "taylor_prune")
+    require(model, "taylor_prune", {kind: JUDGES[kind] for kind in KINDS[config.dimensions]})
     before, whole = dimensions(model), _sizes(model).macs()
     for step in range(1, config.steps + 1) if config.ratio else ():
-        found, sizes = importance(model, surroundings, config.batches), _sizes(model)
+        found = importance(model, surroundings, config.batches, KINDS[config.dimensions])
+        sizes = _sizes(model)
         waiting = []
         for kind, block, unit in _places(sizes, config):
             sums = found.units(kind, block).double().cumsum(dim=0).tolist()

@@ -11,6 +11,7 @@ class Sizes:
 
     Attributes:
         tokens: N; channels: C; heads, head_dims, hidden: one entry a block.
+        matrices: weights that a hidden dimension has for each channel, 3 of a gated MLP.
     """
 
     tokens: int
@@ -18,21 +19,22 @@ class Sizes:
     heads: list[int]
     head_dims: list[int]
     hidden: list[int]
+    matrices: int = 2
 
     def macs(self) -> int:
         """Returns the multiply-accumulates of all blocks for one image: linear layers and attention products."""
-        N, C = self.tokens, self.channels
+        N, C, m = self.tokens, self.channels, self.matrices
         widths = [h * d for h, d in zip(self.heads, self.head_dims, strict=True)]
-        return sum(4 * N * C * A + 2 * N * N * A + 2 * N * C * M for A, M in zip(widths, self.hidden, strict=True))
+        return sum(4 * N * C * A + 2 * N * N * A + m * N * C * M for A, M in zip(widths, self.hidden, strict=True))
 
     def saved(self, kind: str, block: int) -> int:
         """Returns the MACs that one unit of a kind costs now: a head, a dimension of all heads of a block, a channel."""
-        N, C = self.tokens, self.channels
+        N, C, m = self.tokens, self.channels, self.matrices
         if kind == "channels":
             widths = (h * d for h, d in zip(self.heads, self.head_dims, strict=True))
-            return sum(4 * N * A + 2 * N * M for A, M in zip(widths, self.hidden, strict=True))
+            return sum(4 * N * A + m * N * M for A, M in zip(widths, self.hidden, strict=True))
         if kind == "hidden":
-            return 2 * N * C
+            return m * N * C
         return (4 * N * C + 2 * N * N) * (self.head_dims if kind == "heads" else self.heads)[block]
 
     def count(self, kind: str, block: int) -> int:

@@ -4,7 +4,8 @@ Source: Lin et al., FQ-ViT, arXiv 2111.13824, its Power-of-Two Factor (PTF) and 
 arXiv 2101.01321, its integer-only softmax.
 Differs from the paper: the patch embedding, the outputs of GELU's and residual additions, and the arithmetic inside the norms stay
 in the model's type (every linear layer quantises its input all the same); ranges are extremes; attentions without a map, of the
-low-rank techniques, keep their own mixing and only their linear layers and norms are quantised.
+low-rank techniques, keep their own mixing and only their linear layers and norms are quantised; a channel's factor is the smallest that
+clips nothing of what calibration saw, where the paper weighs clipping against rounding by the squared error.
 
 Attention: queries, keys and values of 8 bits; the logits, the log sizes of merged tokens already added, of 8 bits; then
 softmax in integers, its result 4-bit codes q that stand for 2^-q, so that the product with the values is a shift. No hardware here
@@ -28,10 +29,11 @@ from workers.techniques.quantisation.shared_integer_linear import IntegerLinear
 from workers.techniques.quantisation.shared_quantised_attention import (
     RangeQuantiser,
     UniformQuantiser,
+    attention_fault,
     quantisers,
     replace_attention,
 )
-from workers.techniques.record import Applied, Rule, Surroundings, Technique, choice
+from workers.techniques.record import Applied, ModelInfo, Rule, Surroundings, Technique, choice
 
 EXP = (0.35815147, 0.96963238, 1.0)
 """exp(p) ~ a p^2 + b p + c for p in (-ln 2, 0]: the polynomial of I-BERT, multiplied out."""
@@ -109,24 +111,28 @@ def log_int_softmax(x: Tensor, scale: Tensor | float) -> Tensor:
     return torch.where(exp == 0, torch.inf, codes)
 
 
-def choose_factors(rows: Tensor, low: float, high: float) -> tuple[float, int, Tensor]:
-    """Chooses each channel's factor by the squared error over a sample.
+def choose_factors(low: Tensor, high: Tensor) -> tuple[float, int, Tensor]:
+    """Chooses each channel's factor: the smallest that holds all that the channel was seen to hold.
+
+    The multiples of a factor's step are among those of half the step, so no larger factor is closer to any value, and a smaller one
+    clips. Squared errors over a sample of tokens would choose that too, where the sample is too small for the rare tokens.
 
     Args:
-        rows: (R, C) tokens; low, high: range of all channels.
+        low, high: (C,) range of each channel over all tokens.
 
     Returns:
         scale of factor 1, which is an eighth of the 8-bit scale of the whole range; zero point, shared; powers (C,) uint8 from 0
-        to 3, the least of equals.
+        to 3.
     """
-    whole, zero = asymmetric(low, high)
+    whole, zero = asymmetric(float(low.min()), float(high.max()))
     scale = whole / 2 ** (POWERS - 1)
-    errors = []
-    for power in range(POWERS):
-        step = scale * 2**power
-        codes = (rows / step + zero).round().clamp(0, 255)
-        errors.append(((codes - zero) * step - rows).square().sum(0, dtype=torch.float64))
-    return scale, zero, torch.stack(errors).argmin(0).to(torch.uint8)
+    # The largest factor holds the whole range by definition, whatever the last bit of a division says.
+    power = torch.full(low.shape, POWERS - 1, dtype=torch.uint8, device=low.device)
+    for smaller in reversed(range(POWERS - 1)):
+        step = scale * 2**smaller
+        holds = ((low / step + zero).round() >= 0) & ((high / step + zero).round() <= 255)
+        power = torch.where(holds, smaller, power)
+    return scale, zero, power
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------
@@ -157,8 +163,7 @@ class FactorNorm(nn.Module):
 
     def fix(self, seen: ChannelRange, use_factors: bool) -> None:
         """Chooses scale, zero point and factors."""
-        low, high = seen.range()
-        scale, zero, power = choose_factors(torch.cat(seen.rows), float(low.min()), float(high.max()))
+        scale, zero, power = choose_factors(*seen.range())
         if not use_factors:
             power.fill_(POWERS - 1)
         self.scale = torch.tensor(scale, dtype=torch.float32, device=power.device)
@@ -211,7 +216,7 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     attentions = _structure(model, norms, vit.embed_dim, kept)
     maps: dict[str, RangeQuantiser] = dict(quantisers(model))
     ranges = {name: TensorRange() for name in [*found, *maps]}
-    channels = {name: ChannelRange(keep_rows=True) for name in norms}
+    channels = {name: ChannelRange() for name in norms}
     factor_norms: dict[str, Any] = {name: model.get_submodule(name) for name in norms}
     for part in (*maps.values(), *factor_norms.values()):
         part.calibrating = True
@@ -229,6 +234,11 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     return Applied(model, resolved, [*attentions, *norms, *names])
 
 
+def _check(info: ModelInfo, config: Config) -> str | None:
+    """Returns why the model cannot be quantised so, or None."""
+    return attention_fault(info)
+
+
 def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     """Replaces the same parts of a skeleton by parts without values."""
     _structure(model, resolved["norms"], resolved["channels"], resolved)
@@ -244,11 +254,12 @@ def _simulated(config: Config, device: str) -> bool:
 TECHNIQUE = Technique(
     name="fq_vit",
     family="quantisation",
-    version=1,
+    version=2,
     Config=Config,
     stage="conversion",
     apply=_apply,
     rebuild=_rebuild,
+    check=_check,
     simulated=_simulated,
     rules=(
         Rule(

@@ -22,15 +22,16 @@ from torch import Tensor, nn
 
 from workers.techniques.quantisation.shared_affine import linears
 from workers.techniques.quantisation.shared_calibration import EPS, ChannelRange, TensorRange, asymmetric, watch
-from workers.techniques.quantisation.shared_norm_folding import Pair, add_biases, fold_, pairs
+from workers.techniques.quantisation.shared_norm_folding import Pair, add_biases, fold_, folding_fault, pairs
 from workers.techniques.quantisation.shared_quantised_attention import (
     RangeQuantiser,
     UniformQuantiser,
+    attention_fault,
     quantisers,
     replace_attention,
 )
 from workers.techniques.quantisation.weight_only import GroupedLinear
-from workers.techniques.record import Applied, Surroundings, Technique, choice
+from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, choice
 
 LEAST = 0.01
 """Smallest scale of a channel, of the mean of all: a constant channel has no range of its own, and a factor must not explode."""
@@ -211,6 +212,11 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     return Applied(model, resolved, [*norms, *attentions, *names])
 
 
+def _check(info: ModelInfo, config: Config) -> str | None:
+    """Returns why the model cannot be quantised so, or None."""
+    return attention_fault(info) or folding_fault(info)
+
+
 def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     """Replaces the same parts of a skeleton by parts without values."""
     bits = resolved["activation_bits"]
@@ -228,11 +234,12 @@ def _simulated(config: Config, device: str) -> bool:
 TECHNIQUE = Technique(
     name="repq_vit",
     family="quantisation",
-    version=1,
+    version=2,
     Config=Config,
     stage="conversion",
     apply=_apply,
     rebuild=_rebuild,
+    check=_check,
     simulated=_simulated,
     source="RepQ-ViT, arXiv 2212.08254, section 3",
 )

@@ -21,24 +21,21 @@ EPS = torch.finfo(torch.float32).eps
 """Smallest scale, as torchao and torch.ao: a constant of zero has no scale."""
 
 VALUES_A_BATCH = 65_536
-"""Sampled of each batch for percentiles: 16 batches hold a hundred values above the 99.99th of a million."""
-
-ROWS_A_BATCH = 128
-"""Tokens sampled of each batch where channels are compared: every image of a batch of 64 gives two."""
+"""Sampled of the first batch for percentiles: 16 such batches hold a hundred values above the 99.99th of a million."""
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
 
 
-def evenly(x: Tensor, count: int, avoid: int) -> Tensor:
-    """Returns about ``count`` rows of x (M, ...), evenly spaced; the step shares no factor with ``avoid``.
+def even_step(values: int, count: int, avoid: int) -> int:
+    """Returns the step that takes about ``count`` of so many values; it shares no factor with ``avoid``.
 
     A step that divided the number of channels, or of tokens, would see only some of them.
     """
-    step = max(1, -(-len(x) // count))
+    step = max(1, -(-values // count))
     while gcd(step, avoid) > 1:
         step += 1
-    return x[::step]
+    return step
 
 
 # --- watchers ---------------------------------------------------------------------------------------------------------
@@ -49,13 +46,15 @@ class TensorRange:
 
     Args:
         percentile: 100 for the extremes; below, the range that this share of the values lies within, the rest being cut
-            off at either end alike.
+            off at either end alike. The extremes too where the samples are too few to hold a value outside: the largest of a
+            sample is no percentile, and would cut more than was asked for.
     """
 
     def __init__(self, percentile: float = 100.0) -> None:
         self.percentile = percentile
         self.low, self.high = float("inf"), float("-inf")
         self.samples: list[Tensor] = []
+        self._step = 0
 
     def see(self, x: Tensor) -> None:
         """Takes the values of x (..., C).
@@ -67,8 +66,9 @@ class TensorRange:
         require_finite(low, high)
         self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
         if self.percentile < 100:
-            sample = evenly(x.reshape(-1), VALUES_A_BATCH, x.shape[-1])
-            self.samples.append(sample.float().cpu())
+            # That of the first batch for all, so that a value counts as much in a smaller last one.
+            self._step = self._step or even_step(x.numel(), VALUES_A_BATCH, x.shape[-1])
+            self.samples.append(x.reshape(-1)[:: self._step].float().cpu())
 
     def range(self) -> tuple[float, float]:
         """Returns the smallest and the largest value to represent."""
@@ -76,17 +76,17 @@ class TensorRange:
             return self.low, self.high
         values = torch.cat(self.samples).sort().values
         cut = round(len(values) * (1 - self.percentile / 100) / 2)
+        if cut == 0:
+            return self.low, self.high
         return float(values[cut]), float(values[len(values) - 1 - cut])
 
 
 class ChannelRange:
-    """Range of each channel over all tokens, and a sample of tokens."""
+    """Range of each channel over all tokens."""
 
-    def __init__(self, *, keep_rows: bool = False) -> None:
-        self.keep_rows = keep_rows
+    def __init__(self) -> None:
         self.low: Tensor | None = None
         self.high: Tensor | None = None
-        self.rows: list[Tensor] = []
 
     def see(self, x: Tensor) -> None:
         """Takes x (..., C); raises NotQuantisable for NaN and infinity."""
@@ -95,8 +95,6 @@ class ChannelRange:
         require_finite(low, high)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
-        if self.keep_rows:
-            self.rows.append(evenly(rows, ROWS_A_BATCH, x.shape[-2] if x.ndim > 2 else 1).clone())
 
     def range(self) -> tuple[Tensor, Tensor]:
         """Returns the smallest and the largest value of each channel, (C,) float32 each."""

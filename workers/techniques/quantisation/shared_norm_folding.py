@@ -1,7 +1,8 @@
 """Changing what a block's norms give out without changing what the block computes: the linear layers behind them take it back.
 
-Pre-norm blocks only: those of timm, of ViLT, and of METER's image encoder. METER's text encoder and fusion layers normalise after
-each residual, so the residual stream reads their norms as well and nothing can take a factor back there.
+Pre-norm blocks only: most of timm, those of ViLT, and of METER's image encoder. timm's post-norm blocks normalise what attention and MLP
+give; METER's text encoder and fusion layers normalise after each residual, so that the residual stream reads their norms: nothing
+can take a factor back there.
 
 With factors r and shifts d a channel, the norm gives x' = (x + d) / r instead of x, and W x + b = (W diag(r)) x' + (b - W d).
 """
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workers.models.timm_vit import POST_NORM
 from workers.techniques.quantisation.shared_affine import NotQuantisable
+from workers.techniques.record import ModelInfo
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Pair:
 
 
 READERS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("norm1", ("attn.qkv", "attn.gate")),
+    ("norm1", ("attn.qkv", "attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.gate")),
     ("norm2", ("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x")),
     ("layernorm_before", ("attention.attention.query", "attention.attention.key", "attention.attention.value")),
     ("layernorm_after", ("intermediate.dense",)),
@@ -37,10 +40,21 @@ READERS: tuple[tuple[str, tuple[str, ...]], ...] = (
 """Norms of a pre-norm block and what reads them, as timm, ViLT and CLIP name them."""
 
 
+def folding_fault(info: ModelInfo) -> str | None:
+    """Returns why no norm of a model's blocks can be changed, or None."""
+    if not info.post_norm:
+        return None
+    return (
+        f"norms are changed where linear layers read them, before attention and MLP; here {info.block} has them after"
+    )
+
+
 def pairs(model: nn.Module) -> list[Pair]:
     """Returns the norms of every pre-norm block with the linear layers that read them: of the attention, and the MLP's first."""
     found = []
     for owner, block in model.named_modules():
+        if isinstance(block, POST_NORM):
+            continue
         for norm, readers in READERS:
             if getattr(getattr(block, norm, None), "weight", None) is None:
                 continue

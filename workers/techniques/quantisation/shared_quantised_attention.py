@@ -15,6 +15,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from workers.techniques.quantisation.shared_calibration import asymmetric
+from workers.techniques.record import ModelInfo
 
 ATTENTION_CHILDREN = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
 
@@ -111,6 +112,13 @@ class QuantisedAttention(nn.Module):
         if is_causal or (attn_mask is not None and attn_mask.dtype == torch.bool):
             raise ValueError("quantised attention takes additive masks only")
         return self.attend_quantised(x, attn_mask)[0]
+
+
+def attention_fault(info: ModelInfo) -> str | None:
+    """Returns why no :class:`QuantisedAttention` can take the place of a model's attentions, or None."""
+    if info.attention == "Attention":
+        return None
+    return f"quantises inside timm's Attention; here the blocks have {info.attention}"
 
 
 def replace_attention(model: nn.Module, softmax: Callable[[], nn.Module], bits: int) -> list[str]:

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from workers.techniques.quantisation.shared_affine import linears
 from workers.techniques.quantisation.shared_calibration import ChannelRange, watch
 from workers.techniques.quantisation.shared_integer_linear import INPUTS, IntegerLinear, no_kernel
-from workers.techniques.quantisation.shared_norm_folding import fold_, pairs, reader_peaks
+from workers.techniques.quantisation.shared_norm_folding import fold_, folding_fault, pairs, reader_peaks
 from workers.techniques.quantisation.shared_packed_embeddings import pack_embeddings, rebuild_embeddings
 from workers.techniques.quantisation.static_int8 import quantise_linears
 from workers.techniques.quantisation.weight_only import int8_table, packed
-from workers.techniques.record import Applied, Surroundings, Technique, choice, number
+from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, choice, number
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,11 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     return Applied(model, resolved, [*norms, *names, *tables])
 
 
+def _check(info: ModelInfo, config: Config) -> str | None:
+    """Returns why the model cannot be quantised so, or None."""
+    return folding_fault(info)
+
+
 def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     """Replaces the same layers of a skeleton by layers without values."""
     for name in resolved["linears"]:
@@ -105,6 +110,7 @@ TECHNIQUE = Technique(
     stage="conversion",
     apply=_apply,
     rebuild=_rebuild,
+    check=_check,
     simulated=no_kernel,
     models=("timm", "vilt", "meter"),
     source="SmoothQuant, arXiv 2211.10438, section 4",

@@ -7,7 +7,7 @@ each layer quantises its input and scales its output; weights have one symmetric
 the patch embedding stays as it is.
 
 The plain baseline of post-training quantisation: LayerNorm's outputs have channels a hundred times larger than others, and one
-scale for all of them loses the small ones. fq_vit, smoothquant and repq_vit are remedies. Costs: one pass over the calibration
+scale for all of them loses the small ones. smoothquant and repq_vit are remedies; fq_vit, which is for the norms' inputs, is none. Costs: one pass over the calibration
 images, at conversion. Saves: about 3.8x of the file, and time where an integer kernel is at hand (integer_linear says where);
 unlike dynamic_int8 a call need not search its activations for their range. Elsewhere the row is ``simulated``.
 """
@@ -84,7 +84,7 @@ def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
 TECHNIQUE = Technique(
     name="static_int8",
     family="quantisation",
-    version=1,
+    version=2,
     Config=Config,
     stage="conversion",
     apply=_apply,

@@ -1,7 +1,8 @@
 """DiffRate: learns how many tokens each block prunes and merges, under a target of multiply-accumulates.
 
 Source: Chen et al., DiffRate, arXiv 2305.17997, section 3.
-Differs from the paper: every number of tokens is a candidate, and the rates start from the even schedule that meets the
+Differs from the paper: tokens are compared by their keys, the published code compares the tokens; the first block reduces too, there it
+does not; merged tokens are means weighted by size and count by it, there plain means that count by their cosine as well; every number of tokens is a candidate, and the rates start from the even schedule that meets the
 target, so that short trainings end near it; after the training the counts are scaled to the largest ones that meet it;
 weights and rates train together in the recovery training; the cost counts the products of the blocks only and enters the loss
 as a share; class, distillation and register tokens are all protected, and what the classifier reads asks (the mean of the
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workers.models import model_info
 from workers.techniques.record import Applied, LossInputs, LossTerm, ModelInfo, Surroundings, Technique, number
 from workers.techniques.tokens.shared_blocks import (
     NEEDS_ATTENTION_MAP,
@@ -29,7 +31,9 @@ from workers.techniques.tokens.shared_blocks import (
     TokenBlocks,
     Tokens,
     best_first,
+    blocks_fault,
     pooled,
+    pooling_fault,
     pools_by_mean,
     readers,
     require_blocks,
@@ -63,9 +67,13 @@ class Cost:
     c: int
 
 
-def block_cost(width: int, attention: int, hidden: int) -> Cost:
-    """Returns the cost of a block of C channels, an attention of H x D dimensions and an MLP of ``hidden``."""
-    return Cost(4 * width * attention, 2 * attention, 2 * width * hidden)
+def block_cost(width: int, attention: int, hidden: int, matrices: int = 2) -> Cost:
+    """Returns the cost of a block of C channels, an attention of H x D dimensions and an MLP of ``hidden``.
+
+    Args:
+        matrices: weights that a hidden dimension has for each channel, 3 of a gated MLP.
+    """
+    return Cost(4 * width * attention, 2 * attention, matrices * width * hidden)
 
 
 def share(left: Sequence[Any], costs: Sequence[Cost], patches: int, prefix: int) -> Any:
@@ -261,7 +269,8 @@ def _removed(tokens: Tokens, order: Tensor, after_pruning: int, after_merging: i
 
 def _costs(model: nn.Module) -> list[Cost]:
     vit: Any = model
-    return [block_cost(b.attn.qkv.in_features, b.attn.attn_dim, b.mlp.fc1.out_features) for b in vit.blocks]
+    matrices = model_info(model).mlp_matrices
+    return [block_cost(b.attn.qkv.in_features, b.attn.attn_dim, b.mlp.fc2.in_features, matrices) for b in vit.blocks]
 
 
 def _loss(inputs: LossInputs, config: Config) -> LossTerm:
@@ -289,10 +298,14 @@ def _groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
 
 
 def _check(info: ModelInfo, config: Config) -> str | None:
+    if reason := blocks_fault(info) or pooling_fault(info):
+        return reason
+    if info.drops_patches:
+        return "patch_drop_rate must be 0: counts are learned for all patch tokens, and training would have fewer"
     if config.macs == 1:
         return "macs=1 leaves nothing to remove"
     costs = [
-        block_cost(info.embed_dim, heads * info.head_dim, hidden)
+        block_cost(info.embed_dim, heads * info.head_dim, hidden, info.mlp_matrices)
         for heads, hidden in zip(info.num_heads, info.mlp_hidden, strict=True)
     ]
     patches, prefix = info.num_tokens - info.num_prefix_tokens, info.num_prefix_tokens

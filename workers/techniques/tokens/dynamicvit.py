@@ -31,7 +31,9 @@ from workers.techniques.tokens.shared_blocks import (
     TokenBlocks,
     Tokens,
     best_first,
+    blocks_fault,
     pooled,
+    pooling_fault,
     pools_by_mean,
     require_blocks,
     rows,
@@ -196,8 +198,12 @@ def _plan(patches: int, layers: list[int], keep: float) -> dict[int, int]:
 
 
 def _check(info: ModelInfo, config: Config) -> str | None:
+    if reason := blocks_fault(info) or pooling_fault(info):
+        return reason
     if info.reduces_tokens:
         return "its layers reduce tokens already"
+    if info.drops_patches and config.token_weight:
+        return "patch_drop_rate must be 0: training then has fewer tokens than the teacher that they are compared with; or token_weight must be"
     fault = None if config.layers == BY_START else layers_fault(config.layers, info.family, info.depth)
     if fault:
         return fault

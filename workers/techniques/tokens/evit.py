@@ -26,6 +26,7 @@ from workers.techniques.tokens.shared_blocks import (
     TokenBlocks,
     Tokens,
     best_first,
+    blocks_fault,
     readers,
     require_blocks,
     rows,
@@ -111,6 +112,8 @@ class FusingBlocks(TokenBlocks):
 
 
 def _check(info: ModelInfo, config: Config) -> str | None:
+    if reason := blocks_fault(info):
+        return reason
     patches = info.num_tokens - info.num_prefix_tokens
     layers = spread_layers(info.depth, config.start, config.stages)
     if patch_counts(patches, config.keep, layers)[-1] == patches:

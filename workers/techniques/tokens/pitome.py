@@ -2,6 +2,7 @@
 
 Source: Tran et al., Accelerating Transformers with Spectrum-Preserving Token Merging, arXiv 2405.16148, section 3.
 Differs from the paper: the margin starts at 0.75, and a similarity counts from the margin on (the ELU of the difference);
+every block protects by energy, where the published code does so in half of them and merges the most similar pairs of all in the others;
 class, distillation and register tokens are protected and give no energy; proportional attention is an additive mask, so
 fused attention stays; where a model pools over tokens, the merged ones are repeated before the pooling.
 Saves MACs, time and activation memory; the size of the model stays. Needs no training and gains from it. Costs one
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, choice, number
-from workers.techniques.tokens.shared_blocks import best_first, require_blocks, rows
+from workers.techniques.tokens.shared_blocks import best_first, blocks_fault, require_blocks, rows
 from workers.techniques.tokens.shared_merging import Matching, MergingBlocks
 
 MARGIN = 0.75
@@ -99,6 +100,8 @@ def match(keys: Tensor, r: int, margin: float, prefix: int) -> Matching | None:
 
 
 def _check(info: ModelInfo, config: Config) -> str | None:
+    if reason := blocks_fault(info):
+        return reason
     patches = info.num_tokens - info.num_prefix_tokens
     if not any(merged_counts(patches, config.keep, info.depth)):
         return f"keep={config.keep:g} merges none of {patches} patch tokens"

@@ -8,7 +8,8 @@ Source: Cao, Paranjape, Hajishirzi, PuMer: Pruning and Merging Tokens for Effici
 section 3.
 Differs from the paper: the image's class token is not pruned, image tokens keep their order, padded text tokens have no
 vote, and padding has no part in a merged token; with ``paper_compatible`` all that is as it was published, where the mask
-of a merged token is the mean of its tokens' masks, 1 and 0. Attention stays fused but for the text's few rows of a reducing
+of a merged token is the mean of its tokens' masks, 1 and 0. Not in any setting: there a padded or merged token attends to itself
+with weight 1 whatever its mask, which shows where texts are padded; and METER with image_merge 0 is not pruned. Attention stays fused but for the text's few rows of a reducing
 layer, whose map is needed. METER's image layer attends to the text as it was before the layer, reduced as the text is.
 Saves MACs, time and activation memory; the size of the model stays. Adds no parameters. Wants the recovery training.
 """

@@ -20,7 +20,8 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from workers.techniques.record import Rule
+from workers.models import model_info
+from workers.techniques.record import ModelInfo, Rule
 
 NEVER = 1e-6
 """Weight of a masked key beside 1 for the others: its logarithm is finite, hence also its gradient."""
@@ -221,6 +222,26 @@ def _refuse(block: nn.Module, args: object) -> None:
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
+def blocks_fault(info: ModelInfo) -> str | None:
+    """Returns why tokens cannot be removed between or inside a model's blocks, or None."""
+    if info.block == "Block" and info.attention == "Attention":
+        return None
+    return f"tokens are removed in timm's Block with its Attention; here are {info.block} with {info.attention}"
+
+
+def pooling_fault(info: ModelInfo) -> str | None:
+    """Returns why a mean over fewer tokens, weighted or not, cannot take the place of what the model pools, or None."""
+    by_mean = info.pooling == "avg" and not info.norm_before_pool and not info.pools_prefix
+    if info.pooling == "token" or by_mean:
+        return None
+    where = "after" if info.norm_before_pool else "before"
+    prefix = ", prefix tokens among them" if info.pools_prefix else ""
+    return (
+        f"the model must read its class token, or average its patch tokens before its last norm; here it pools "
+        f"by {info.pooling!r} {where} it{prefix}"
+    )
+
+
 def require_blocks(model: nn.Module, technique: str) -> None:
     """Refuses blocks whose forward :class:`TokenBlocks` does not know.
 
@@ -255,15 +276,10 @@ def pools_by_mean(model: nn.Module, technique: str) -> bool:
     Raises:
         ValueError: it does anything else, which a changing number of tokens would change.
     """
-    vit: Any = model
-    if vit.global_pool == "token":
-        return False
-    if vit.global_pool == "avg" and isinstance(vit.norm, nn.Identity) and not vit.pool_include_prefix:
-        return True
-    raise ValueError(
-        f"{technique}: the model must read its class token, or average its patch tokens before its last norm; "
-        f"this one pools by {vit.global_pool!r} after {type(vit.norm).__name__}"
-    )
+    info = model_info(model)
+    if reason := pooling_fault(info):
+        raise ValueError(f"{technique}: {reason}")
+    return info.pooling != "token"
 
 
 def spread_layers(depth: int, start: float, stages: int) -> list[int]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from workers.techniques.backbones import by_backbone
 from workers.techniques.record import Applied, ModelInfo, Rule, Surroundings, Technique, choice, number
-from workers.techniques.tokens.shared_blocks import best_first, require_blocks
+from workers.techniques.tokens.shared_blocks import best_first, blocks_fault, require_blocks
 from workers.techniques.tokens.shared_merging import Matching, MergingBlocks
 
 SHAPES = {"decreasing": -1, "constant": 0, "increasing": 1}
@@ -123,6 +123,8 @@ def _counts(info: ModelInfo, config: Config) -> list[int]:
 
 
 def _check(info: ModelInfo, config: Config) -> str | None:
+    if reason := blocks_fault(info):
+        return reason
     if config.where == IMAGE_TOWER and info.tower_depth == 0:
         return f"where={IMAGE_TOWER} needs an image encoder of its own, as METER has; {info.family} has none"
     if config.where != IMAGE_TOWER and info.reduces_tokens:

@@ -44,6 +44,14 @@ def test_soft_loss(temperature: int) -> None:
     assert float(soft_loss(teacher, teacher, temperature)) == pytest.approx(0, abs=1e-5)
 
 
+def test_soft_loss_is_that_of_deit_times_the_classes() -> None:
+    """DeiT's code divides the sum over images and classes by the number of logits."""
+    student, teacher = torch.randn(7, 10), torch.randn(7, 10)
+    p, q = (student / 3).log_softmax(1), (teacher / 3).log_softmax(1)
+    deit = F.kl_div(p, q, reduction="sum", log_target=True) * 9 / student.numel()
+    torch.testing.assert_close(soft_loss(student, teacher, 3), 10 * deit)
+
+
 def test_hard_loss() -> None:
     student, teacher = logits(0), logits(1)
     rows = [-float(s.log_softmax(0)[int(t.argmax())]) for s, t in zip(student, teacher, strict=True)]
@@ -206,5 +214,5 @@ def test_check() -> None:
 
 def test_attention_pooling_keeps_its_width() -> None:
     model = vit(global_pool="map", class_token=False, mlp_ratio=2)
-    with pytest.raises(ValueError, match=r"width must be 1\.0"):
+    with pytest.raises(ValueError, match=r"width=0.5: the model pools by attention"):
         TECHNIQUE.apply(model, Config(width=0.5), surroundings(model))

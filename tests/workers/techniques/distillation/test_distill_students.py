@@ -16,10 +16,10 @@ from tests import threads
 from tests.studies import tiny_study
 from tests.workers.techniques.models import images, info, surroundings, vit
 from tests.workers.techniques.students import fit, inputs, logits, noise
-from workers import stages
 from workers.models import model_info
 from workers.node.storage import LocalStorage
 from workers.run import run_trial
+from workers.stages.graph import compile_recipe
 from workers.techniques import registry
 from workers.techniques.composition import legal_orders
 from workers.techniques.distillation.distill import ARCHITECTURES, TECHNIQUE, Config, hard_loss, soft_loss, student_info
@@ -83,6 +83,17 @@ def test_where_a_token_cannot_be_added() -> None:
     assert "must have a class token" in str(
         TECHNIQUE.check(info(has_class_token=False, num_prefix_tokens=0), Config(token=True))
     )
+    for changes, said in (
+        (
+            {"pooling": "avg"},
+            "token: the head must read the class token, normalised with all others; here it reads 'avg'",
+        ),
+        ({"norm_after_pool": True}, "here it reads 'token' after its last norm"),
+        ({"has_positions": False}, "must be a plain ViT with position embeddings"),
+        ({"block": "eva.EvaBlock"}, "here the blocks are eva.EvaBlock"),
+    ):
+        assert said in str(TECHNIQUE.check(info(**changes), Config(token=True)))
+        assert TECHNIQUE.check(info(**changes), Config()) is None
     with pytest.raises(ValueError, match="needs a plain ViT with a class token"):
         with_token(vit("registers"))
 
@@ -175,6 +186,6 @@ def test_a_trial_distils_into_the_pruned_model(tmp_path: Path, augment: str) -> 
     result = run_trial(TrialSpec("s", "t", recipe, 0, context, storage.url))
     assert result.status == "ok", result.failure
     assert result.conditions["parity_max_abs"] == 0
-    baseline = stages.compile_recipe(Recipe(), 0, context)[0].key
+    baseline = compile_recipe(Recipe(), 0, context)[0].key
     assert storage.exists(f"stages/{baseline}/teacher_logits.safetensors") == (augment == "none")
     assert [s.kind for s in result.stages] == ["baseline", "surgery", "recovery"]

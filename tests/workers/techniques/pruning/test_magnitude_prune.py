@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import SwiGLU, SwiGLUPacked
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.workers.artefact.test_artefact import one_thread  # noqa: F401 - a fixture
 from tests.workers.techniques.models import VARIANTS, images, info, surroundings, vit
+from tests.workers.techniques.reduced import built, described
 from workers.models import model_info
 from workers.techniques.pruning import shared_slicing
 from workers.techniques.pruning.magnitude_prune import TECHNIQUE, Config, kept_dims, kept_whole
+from workers.techniques.pruning.shared_slicing import first_layers
 
 
 def params(model: Any) -> int:
@@ -220,7 +223,7 @@ def test_what_cannot_be_removed_is_refused_with_a_reason() -> None:
     assert TECHNIQUE.check(info(has_qk_norm=True), some) == f"head_dim_ratio=0.5: {reason}; must be 0"
     assert TECHNIQUE.check(info(has_qk_norm=True), Config()) is None
     model = vit("qk_norm")
-    with pytest.raises(ValueError, match=r"blocks\.0: queries and keys are normalised"):
+    with pytest.raises(ValueError, match=r"magnitude_prune: head_dim_ratio=0\.5: queries and keys are normalised"):
         TECHNIQUE.apply(model, some, surroundings(model))
     pooled = vit(global_pool="map", class_token=False)
     with pytest.raises(ValueError, match="the model pools by attention over its channels"):
@@ -229,13 +232,40 @@ def test_what_cannot_be_removed_is_refused_with_a_reason() -> None:
 
 def test_norms_over_heads_are_refused() -> None:
     model = vit(scale_attn_norm=True)
-    with pytest.raises(ValueError, match="normalises over its heads"):
+    with pytest.raises(ValueError, match=r"normalise over all heads together \(scale_attn_norm\)"):
         TECHNIQUE.apply(model, Config(), surroundings(model))
 
 
-def test_gated_mlps_are_refused() -> None:
-    from timm.layers import SwiGLU
+@pytest.mark.parametrize("mlp", [SwiGLUPacked, SwiGLU], ids=["packed", "apart"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gated_dimension_goes_with_its_gate(mlp: Any, bias: bool) -> None:
+    """What is left computes what the whole model does when the weakest dimensions give nothing."""
+    model, whole = vit(), vit()
+    generator = torch.Generator().manual_seed(3)
+    for i in range(3):
+        gated = mlp(32, 64, bias=bias)
+        for parameter in gated.parameters():
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+        model.blocks[i].mlp, whole.blocks[i].mlp = copy.deepcopy(gated), gated
+    hidden = whole.blocks[0].mlp.fc2.in_features
+    for block in whole.blocks:
+        first = torch.cat([layer.weight for layer in first_layers(block.mlp).values()]).reshape(2, hidden, 32)
+        strength = first.square().sum(dim=(0, 2)) + block.mlp.fc2.weight.square().sum(dim=0)
+        block.mlp.fc2.weight.data[:, strength.argsort()[: hidden // 2]] = 0
+    made = TECHNIQUE.apply(model, Config(head_ratio=0.0, mlp_ratio=0.5), surroundings(model))
+    assert made.resolved["hidden"] == [hidden // 2] * 3
+    with torch.no_grad():
+        torch.testing.assert_close(made.model(images()), whole(images()))
 
-    model = vit(mlp_layer=SwiGLU)
-    with pytest.raises(ValueError, match="must have timm's Attention and Mlp, found Attention and SwiGLU"):
-        TECHNIQUE.apply(model, Config(), surroundings(model))
+
+@pytest.mark.parametrize("pruned", [{"embed_ratio": 0.5}, {"depth_ratio": 0.3}])
+def test_post_norm_blocks_are_ranked_by_the_norms_that_write(pruned: dict[str, float]) -> None:
+    """The rows before a norm say nothing: it takes their size out again."""
+    model: Any = built(described("vit_base_patch16_rpn_224", depth=3))
+    for i, block in enumerate(model.blocks):
+        block.norm1.weight.data, block.norm2.weight.data = torch.full((64,), 1.0 + i), torch.full((64,), 1.0)
+        block.attn.proj.weight.data *= 10 - 3 * i
+    config = Config(head_ratio=0.0, mlp_ratio=0.0, **pruned)
+    made = TECHNIQUE.apply(model, config, surroundings(model))
+    assert made.resolved["blocks"] == ([1, 2] if "depth_ratio" in pruned else [0, 1, 2])
+    assert made.model(torch.randn(2, 3, 64, 64)).shape == (2, 5)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import SwiGLU, SwiGLUPacked
 
 from orchestrator.study.load import load_study
 from tests.studies import tiny_study
@@ -21,8 +22,8 @@ from workers.models import model_info
 from workers.node.deadline import Deadline
 from workers.node.lane import Lane
 from workers.node.storage import LocalStorage
-from workers.stages import Workbench
-from workers.techniques.pruning.shared_slicing import dimensions
+from workers.stages.workbench import Workbench
+from workers.techniques.pruning.shared_slicing import dimensions, first_layers
 from workers.techniques.pruning.taylor_prune import TECHNIQUE, Config, importance
 from workers.techniques.pruning.taylor_prune_mac_budget import Queue, Sizes, spend
 
@@ -111,6 +112,50 @@ def test_importance_is_what_the_loss_says_when_a_group_is_scaled(variant: str) -
             for i in index:
                 measured = measured[i]
             assert float(measured) == pytest.approx(want, rel=1e-4, abs=1e-12), (kind, *index)
+
+
+@pytest.mark.parametrize("mlp", [SwiGLUPacked, SwiGLU], ids=["packed", "apart"])
+def test_a_gated_dimension_is_worth_what_the_loss_says(mlp: Any) -> None:
+    """d/ds L(s w), w all weights and biases of the dimension and of its gate: their sum of w dL/dw."""
+    model: Any = vit()
+    generator = torch.Generator().manual_seed(3)
+    for block in model.blocks:
+        block.mlp = mlp(32, 64)
+        for parameter in block.mlp.parameters():
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    model.double()
+    around = surroundings(model)
+    around.batches = lambda: ((x.double(), y) for x, y in surroundings(model).batches())
+    found = importance(model, around, 1, ("hidden",)).hidden[1]
+    block, (batch, labels) = model.blocks[1].mlp, next(iter(around.batches()))
+    hidden, unit, losses = block.fc2.in_features, 7, []
+    with torch.no_grad():
+        for factor in (1 + 1e-5, 1 - 1e-5):
+            scaled = copy.deepcopy(model)
+            part = scaled.blocks[1].mlp
+            part.fc2.weight[:, unit] *= factor
+            for layer in first_layers(part).values():
+                for row in range(unit, layer.out_features, hidden):
+                    layer.weight[row] *= factor
+                    layer.bias[row] *= factor
+            losses.append(float(F.cross_entropy(scaled(batch), labels)))
+    assert found.shape == (hidden,)
+    assert float(found[unit]) == pytest.approx(((losses[0] - losses[1]) / 2e-5) ** 2, rel=1e-4)
+
+
+def test_the_budget_of_a_gated_model_is_its_macs() -> None:
+    model: Any = vit()
+    for block in model.blocks:
+        block.mlp = SwiGLUPacked(32, 64)
+    outside = 16 * 3 * 4 * 4 * 32 + 32 * 5
+    sizes = Sizes(17, 32, [4] * 3, [8] * 3, [32] * 3, model_info(model).mlp_matrices)
+    assert sizes.macs() == count_macs(model, (1, 3, 16, 16)) - outside
+    for ratio in (0.1, 0.2):
+        pruned = TECHNIQUE.apply(
+            copy.deepcopy(model), Config(ratio=ratio, dimensions="mlp", batches=1), surroundings(model)
+        )
+        left = (count_macs(pruned.model, (1, 3, 16, 16)) - outside) / sizes.macs()
+        assert 1 - ratio - 0.1 < left <= 1 - ratio
 
 
 def test_measuring_leaves_no_trace() -> None:
@@ -295,7 +340,7 @@ def test_check_and_trains() -> None:
 
 def test_refusals_of_the_model() -> None:
     normed, pooled = vit("qk_norm"), vit(global_pool="map", class_token=False)
-    with pytest.raises(ValueError, match=r"taylor_prune: blocks\.0: queries and keys are normalised"):
+    with pytest.raises(ValueError, match="taylor_prune: head_dims: queries and keys are normalised"):
         TECHNIQUE.apply(normed, Config(dimensions="heads+head_dims+mlp"), surroundings(normed))
-    with pytest.raises(ValueError, match="taylor_prune: the model pools by attention"):
+    with pytest.raises(ValueError, match="taylor_prune: channels: the model pools by attention"):
         TECHNIQUE.apply(pooled, Config(dimensions="all"), surroundings(pooled))

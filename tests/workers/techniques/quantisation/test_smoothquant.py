@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import AttentionRope
 from torch import nn
 
 from tests.workers.techniques.models import VARIANTS, images, surroundings, vit
@@ -17,6 +18,8 @@ from tests.workers.techniques.quantised import (
     require_reload,
     with_large_channels,
 )
+from tests.workers.techniques.reduced import built, described, pictures
+from workers.models import model_info
 from workers.techniques import composition
 from workers.techniques.quantisation import smoothquant, static_int8
 from workers.techniques.quantisation.shared_affine import NotQuantisable
@@ -59,6 +62,36 @@ def test_smoothing_is_exact_before_quantisation(variant: str) -> None:
 
 def test_smoothing_is_exact_in_blocks_that_merge_and_attend_otherwise() -> None:
     require_exact(merging_with_performer(), lambda model: smooth_(model, 0.5, surroundings(model), 16))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_giant_patch14_dinov2", "eva02_small_patch14_224", "vit_base_patch16_rope_224", "beit_base_patch16_224"],
+)
+def test_smoothing_is_exact_in_other_models_of_timm(name: str) -> None:
+    description = described(name)
+    model, around = built(description), surroundings(vit())
+    around.batches = lambda: ((images, labels) for _, images, labels in pictures(description).batches(8))
+    _, shown, _ = next(pictures(description).batches(4))
+    with torch.no_grad():
+        before = model(shown)
+        changed = smooth_(model, 0.7, around, 16)
+        torch.testing.assert_close(model(shown), before, rtol=1e-3, atol=1e-3)
+    assert changed == [f"blocks.{i}.{norm}" for i in range(2) for norm in ("norm1", "norm2")]
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_rpn_224", "eva02_enormous_patch14_clip_224"])
+def test_norms_after_attention_and_mlp_are_left_alone(name: str) -> None:
+    """No linear layer reads them: taking a factor back in one would change the model."""
+    model = built(described(name))
+    assert pairs(model) == []
+    assert "before attention and MLP; here" in str(smoothquant.TECHNIQUE.check(model_info(model), Config()))
+
+
+def test_queries_keys_and_values_apart_read_the_same_norm() -> None:
+    model = built(described("vit_base_patch16_dinov3"))
+    model.blocks[0].attn = AttentionRope(64, 4, qkv_fused=False)
+    assert pairs(model)[0].readers == tuple(f"blocks.0.attn.{part}_proj" for part in "qkv")
 
 
 def test_a_gate_reads_the_same_norm() -> None:

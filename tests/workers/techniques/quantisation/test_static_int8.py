@@ -19,11 +19,12 @@ from workers.techniques.quantisation import shared_integer_linear, static_int8
 from workers.techniques.quantisation.shared_affine import NotQuantisable
 from workers.techniques.quantisation.shared_calibration import (
     EPS,
+    VALUES_A_BATCH,
     ChannelRange,
     TensorRange,
     asymmetric,
     calibration_batches,
-    evenly,
+    even_step,
 )
 from workers.techniques.quantisation.shared_integer_linear import IntegerLinear
 from workers.techniques.quantisation.static_int8 import Config
@@ -77,10 +78,32 @@ def test_minmax_and_percentile_of_known_values() -> None:
 
 def test_samples_see_every_channel() -> None:
     channels = torch.arange(64).repeat(4096)
-    assert evenly(channels, 4096, avoid=64).unique().numel() == 64
-    seen = ChannelRange(keep_rows=True)
+    assert channels[:: even_step(len(channels), 4096, avoid=64)].unique().numel() == 64
+    seen = ChannelRange()
     seen.see(torch.stack([torch.full((8, 5), -1.0), torch.full((8, 5), 2.0)]))
     assert [t.tolist() for t in seen.range()] == [[-1.0] * 5, [2.0] * 5]
+
+
+@pytest.mark.parametrize("percentile", [99.0, 99.9, 99.99, 99.999])
+def test_no_more_is_cut_than_was_asked_for(percentile: float) -> None:
+    """Of a sample of 65,536 values the largest is the 99.998th percentile: 99.999 is no percentile of it."""
+    values = torch.randn(30 * VALUES_A_BATCH // 7, 7, generator=torch.Generator().manual_seed(0)) ** 3
+    seen = TensorRange(percentile)
+    seen.see(values)
+    low, high = seen.range()
+    cut = float(((values < low) | (values > high)).double().mean())
+    asked = 1 - percentile / 100
+    assert cut <= 1.25 * asked
+    assert cut >= 0.75 * asked or percentile == 99.999
+
+
+def test_values_of_a_smaller_last_batch_count_no_more_than_others() -> None:
+    seen = TensorRange(99.0)
+    seen.see(torch.zeros(4 * VALUES_A_BATCH, 3).uniform_(-1, 1, generator=torch.Generator().manual_seed(0)))
+    seen.see(torch.full((VALUES_A_BATCH // 100, 3), 50.0))  # 0.25 % of all values: above what is cut at the upper end
+    assert seen.range()[1] < 1
+    seen.see(torch.full((VALUES_A_BATCH // 25, 3), 50.0))
+    assert seen.range()[1] == 50
 
 
 # --- the layer --------------------------------------------------------------------------------------------------------

@@ -118,6 +118,12 @@ def test_the_even_schedule_loses_the_same_in_every_block_and_meets_the_target(ta
     assert share(left, depth, 196, 1) == pytest.approx(target)
 
 
+def test_the_first_block_reduces_too() -> None:
+    """The published code leaves it whole."""
+    costs = [block_cost(32, 32, 128)] * 3
+    assert even_schedule(costs, 16, 1, 0.6)[0] < 15
+
+
 def test_counts_never_rise_and_one_token_stays() -> None:
     assert chain([(12.4, 9.6), (20, 9.9), (3, 7), (0.2, 0.1)], 16) == [(12, 10), (10, 10), (3, 3), (1, 1)]
 

@@ -362,6 +362,12 @@ def test_pruning_and_merging_by_hand() -> None:
     assert pruned(score, 3, torch.tensor([[True, False, True, True, True]])).tolist() == [[0, 3, 4]]
 
 
+def test_pruning_does_not_need_merging_in_either_model() -> None:
+    """In the published METER nothing is pruned where nothing is merged: said on the page, in no setting."""
+    for paper in (False, True):
+        assert Ratios(0.3, 0.0, 0.2, paper).image(577) == (404, 0)
+
+
 def test_a_token_merged_with_padding_keeps_its_share_of_weight_as_published() -> None:
     x = torch.tensor([[[10.0], [1.0], [3.0], [5.0]]])
     matching = Matching(rest=torch.tensor([[0, 1]]), merged=torch.tensor([[2, 3]]), into=torch.tensor([[1, 1]]))
