@@ -25,11 +25,11 @@ from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from orchestrator.sampling.suggestions import NearSuggest, RandomSuggest
 from orchestrator.study.constraints import Constraint
 from orchestrator.study.sampler import SamplerSection
 from orchestrator.study.scalars import SAMPLER_GROUP
 from orchestrator.study.space import SearchSpace
-from orchestrator.sampling.suggestions import NearSuggest, RandomSuggest
 from orchestrator.sweep.work import Proposal
 from workers.techniques import registry
 from workers.trial import INFRASTRUCTURE, Recipe
