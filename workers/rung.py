@@ -46,7 +46,7 @@ def accuracy_metrics(found: evaluation.Evaluation) -> dict[str, float]:
         metrics[accuracy.metric] = accuracy.pct
         metrics[f"{accuracy.metric}_low"] = accuracy.low_pct
         metrics[f"{accuracy.metric}_high"] = accuracy.high_pct
-    return metrics | found.more
+    return {**metrics, **found.more}
 
 
 def _counts(bench: Workbench, paused: RecoveryPaused) -> dict[str, float]:

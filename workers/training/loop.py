@@ -23,7 +23,7 @@ from workers.training.augmentation import Augmentation
 from workers.training.checkpoint import Checkpoints
 from workers.training.grad_checkpointing import grad_checkpointing
 from workers.training.optimisers import Steps, WeightAverage, make_optimizer, schedule
-from workers.training.settings import TrainingSettings
+from workers.training.settings import TrainingSettings, whole_epochs
 from workers.training.state import TrainingState
 
 log = logging.getLogger("vitpareto")
@@ -124,11 +124,6 @@ def train(
     if until is not None:
         run.last_epoch = whole_epochs(until, found.epochs)
     return run.run()
-
-
-def whole_epochs(share: float, epochs: int) -> int:
-    """Returns a share of a training in whole epochs, rounded up; what rounding of floating point adds is not counted."""
-    return max(1, math.ceil(round(share * epochs, 6)))
 
 
 class _Training:

@@ -16,7 +16,8 @@ from tests.probes import SETTINGS, Config, make_model, make_split, technique, we
 from workers.node.storage import LocalStorage
 from workers.training import loop
 from workers.training.checkpoint import Checkpoints
-from workers.training.loop import TrainingDiverged, TrainingReport, train, whole_epochs
+from workers.training.loop import TrainingDiverged, TrainingReport, train
+from workers.training.settings import whole_epochs
 
 FOLDER = "stages/k/training"
 
