@@ -38,6 +38,10 @@ RANDOM_DRAWS = 300
 """Random tries for an unseen recipe before the space is enumerated."""
 
 
+RUNG = "vitpareto:rung"
+"""System attribute of an Optuna trial whose recipe stands at a rung, or stood there last: ``fraction`` and ``metrics``."""
+
+
 @dataclass(frozen=True)
 class TrialNote:
     """What Optuna does not know of a trial: ``attributes`` are plain values, the times local ones without a zone."""
@@ -284,6 +288,17 @@ class Proposer:
                 self.study.tell(one, state=TrialState.FAIL)
         else:
             self._answer(number, proposal.recipe.hash, None)
+
+    def pause(self, number: int, fraction: float, metrics: Mapping[str, float]) -> None:
+        """Takes that a proposal stands at a rung of its training: its trial goes on running, with what is known of it.
+
+        Args:
+            fraction: of the training that is done.
+            metrics: found there, the means over its seeds.
+        """
+        self._again = [proposal for proposal in self._again if proposal.number != number]
+        known = {"fraction": fraction, "metrics": dict(metrics)}
+        self.study._storage.set_trial_system_attr(self._frozen(number)._trial_id, RUNG, known)
 
     def _answer(self, number: int, recipe: str, outcome: Mapping[str, float] | None) -> None:
         """Tells a proposal, and the duplicates of it that wait for the same answer."""

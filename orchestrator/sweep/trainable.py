@@ -41,8 +41,8 @@ def run_specs(work: Mapping[str, Any]) -> list[dict[str, Any]]:
             function that runs a spec; ``workers.run:run_trial``).
 
     Returns:
-        ``{"trial_id", "status", "metrics"}`` for each spec, in order. Work stops at the first seed that is not ok. A fault of
-        the storage also has its ``failure``, and says in ``written`` whether its attempt could be written all the same. Where the
+        ``{"trial_id", "status", "metrics"}`` for each spec, in order; where it is stopped also the ``rung``. Work ends at the
+        first seed that fails. A fault of the storage also has its ``failure``, and says in ``written`` whether its attempt could be written all the same. Where the
         trial's stages are those of another recipe, ``stages_of`` is that.
 
     Raises:
@@ -55,7 +55,7 @@ def run_specs(work: Mapping[str, Any]) -> list[dict[str, Any]]:
         spec = TrialSpec.from_dict(values)
         outcome = _run_one(spec, runner, work["optuna"])
         outcomes.append(outcome)
-        if outcome["status"] != "ok":
+        if outcome["status"] not in ("ok", "stopped"):
             break
     return outcomes
 
@@ -77,6 +77,8 @@ def _run_one(spec: TrialSpec, runner: Callable[[TrialSpec], TrialResult], optuna
         failure = first or f"{type(error).__name__}: {in_a_line(error)}"
         return _outcome(spec, "storage_fault", {}) | {"failure": failure, "written": False}
     said: dict[str, Any] = {"failure": result.failure, "written": True} if result.status == "storage_fault" else {}
+    if result.rung is not None:
+        said["rung"] = result.rung
     if "stages_of" in result.conditions:
         said["stages_of"] = result.conditions["stages_of"]
     return _outcome(spec, result.status, result.metrics) | said
