@@ -102,7 +102,7 @@ class Outcomes:
         """Takes what is new, but for trial number ``current``, which is being asked for; returns the new trials."""
         trials = study.get_trials(deepcopy=False)
         self._signs = np.array([1.0 if d == StudyDirection.MINIMIZE else -1.0 for d in study.directions])
-        new = [t for t in trials[self._read : current]]
+        new = trials[self._read : current]
         for trial in new:
             key = self._key(trial)
             if key is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -63,7 +64,7 @@ def is_ordered(axis: Axis) -> bool:
     """Says whether an axis is a scale: numbers, each larger than the one before."""
     values = list(axis)
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    return numbers and all(a < b for a, b in zip(values, values[1:], strict=False))
+    return numbers and all(a < b for a, b in pairwise(values))
 
 
 class RecipeKeys:

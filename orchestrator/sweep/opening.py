@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from orchestrator.ledger import Ledger
+from orchestrator.ledger.spent import spent_by_trial
 from orchestrator.ledger.stopped import STOPPED
+from orchestrator.sampling.costs import Costs
+from orchestrator.sampling.recipes import Key, RecipeKeys
+from orchestrator.sampling.samplers import Question, make_sampler
 from orchestrator.study.schema import StudyConfig
 from orchestrator.study.space import SearchSpace
+from orchestrator.sweep import points
 from orchestrator.sweep.halving import Halving
-from orchestrator.sweep.searcher import Proposer, make_sampler
+from orchestrator.sweep.searcher import Proposer
 from orchestrator.sweep.state import Sweep, stands_at_rung
+from workers.metrics import DEVICE_BOUND
 from workers.model_info import ModelInfo
+from workers.techniques import registry
+from workers.techniques.record import make_config
 from workers.trial import Context, Recipe
 
 Outcomes = dict[int, tuple[list[str], list[dict[str, float]]]]
@@ -37,12 +45,11 @@ def open_sweep(
     that ended in a failure of a class in ``retry``.
     """
     space = SearchSpace(config.techniques, info, max_techniques=config.max_techniques)
-    sampler = make_sampler(config.sampler)
     proposer = Proposer(
         space,
         config.objectives,
         config.parsed_constraints(),
-        sampler,
+        make_sampler(config.sampler, _question(config, space, lambda: sweep.baseline)),
         first=config.known_good(),
         seed=config.sampler.seed,
     )
@@ -59,7 +66,9 @@ def open_sweep(
     asks = ledger.asks(context.digest)
     asked = {int(ask["number"]): Recipe.from_json(ask["recipe"]) for ask in asks if "specs" in ask}
     at_rung, outcomes = _ends(sweep, asked)
-    proposer.restore(asks, outcomes)
+    sweep.spent = spent_by_trial(ledger, context.digest)
+    spent = {n: found for n, recipe in asked.items() if (found := sweep.spent_on(recipe)) is not None}
+    proposer.restore(asks, outcomes, spent)
     for number in at_rung:
         sweep.rest(number, asked[number])
     for number in outcomes:
@@ -72,6 +81,36 @@ def open_sweep(
     if sweep.finished and sweep.stopping is None:
         sweep.close()
     return sweep
+
+
+def _question(config: StudyConfig, space: SearchSpace, baseline: Callable[[], Mapping[str, float] | None]) -> Question:
+    """Returns what the sampler is told of a study.
+
+    Args:
+        baseline: metrics of the uncompressed model, None before they are known.
+    """
+    known = registry()
+    keys = RecipeKeys(space)
+
+    def trains(surgery: Key) -> bool:
+        steps = keys.recipe(surgery).steps
+        return any(known[s.technique].trains(make_config(known[s.technique].Config, s.config)) for s in steps)
+
+    def reference() -> list[float] | None:
+        base = baseline()
+        return None if base is None else points.reference(config, base)
+
+    limits = {str(c): c.metric.removesuffix("_ratio") for c in config.parsed_constraints()}
+    return Question(
+        space,
+        tuple(config.objectives),
+        constraints=tuple(limits),
+        late={*DEVICE_BOUND, *(text for text, metric in limits.items() if metric in DEVICE_BOUND)},
+        conversions=[t for t in space.axes if known[t].stage == "conversion"],
+        reference=reference,
+        costs=Costs(trains),
+        possible=lambda recipe: space.fault(recipe) is None,
+    )
 
 
 def _ends(sweep: Sweep, asked: Mapping[int, Recipe]) -> tuple[list[int], Outcomes]:

@@ -14,6 +14,7 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 from orchestrator.ledger import Ledger, LedgerError, attempt_row
+from orchestrator.ledger.spent import NOTHING, Spent, add
 from orchestrator.ledger.stopped import STOPPED, rungs
 from orchestrator.study import constraints
 from orchestrator.study.constraints import DROPS
@@ -66,6 +67,7 @@ class Sweep:
         lease: of the study; while it is not secure nothing is issued. None where nobody else can be there.
         waiting: trials that waited for the lane, or for another's stage, when the marks were last read.
         halving: which proposals stand at a rung of their recovery training, and which of these go on.
+        spent: trial id to the seconds that its attempts took.
         ended_works: how many works have come back, whatever became of them.
     """
 
@@ -90,6 +92,7 @@ class Sweep:
     issued: int = 0
     done_before: int = 0
     ended_works: int = 0
+    spent: dict[str, Spent] = field(default_factory=dict)
     lost_count: Counter[str] = field(default_factory=Counter)
     lease: Lease | None = None
     resumed: set[int] = field(default_factory=set)
@@ -241,6 +244,7 @@ class Sweep:
         self.ended_works += 1
         for outcome in outcomes:
             self.rows[outcome["trial_id"]] = (outcome["status"], dict(outcome["metrics"]))
+            add(self.spent, outcome["trial_id"], outcome.get("spent") or NOTHING)
             if outcome["status"] == STOPPED:
                 self.halving.see(outcome["trial_id"], {outcome["rung"]: outcome["metrics"]})
         last = outcomes[-1] if outcomes else {}
@@ -297,7 +301,13 @@ class Sweep:
 
     def _tell(self, number: int, recipe: Recipe) -> None:
         found = [self.rows[s.trial_id] for s in self.specs(recipe) if s.trial_id in self.rows]
-        self.proposer.tell(number, [status for status, _ in found], [self.derived(m) for _, m in found])
+        metrics = [self.derived(m) for _, m in found]
+        self.proposer.tell(number, [status for status, _ in found], metrics, self.spent_on(recipe))
+
+    def spent_on(self, recipe: Recipe) -> dict[str, float] | None:
+        """Returns the seconds of work that went into a recipe, all its seeds together; None where none are known."""
+        found = [self.spent[s.trial_id] for s in self.specs(recipe) if s.trial_id in self.spent]
+        return {name: sum(one[name] for one in found) for name in NOTHING} if found else None
 
     def derived(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Returns metrics with what follows from the baseline's: drops and ratios."""

@@ -18,6 +18,7 @@ import ray
 from ray import tune
 
 from orchestrator.ledger import Ledger, attempt_row
+from orchestrator.ledger.spent import spent
 from orchestrator.sweep.worker_failures import blind_words
 from workers.node.deadline import waiting_s
 from workers.node.identity import identity
@@ -76,7 +77,9 @@ def _run_one(spec: TrialSpec, runner: Callable[[TrialSpec], TrialResult], optuna
         first = result.failure if result is not None and result.status == "storage_fault" else None
         failure = first or f"{type(error).__name__}: {in_a_line(error)}"
         return _outcome(spec, "storage_fault", {}) | {"failure": failure, "written": False}
-    said: dict[str, Any] = {"failure": result.failure, "written": True} if result.status == "storage_fault" else {}
+    said: dict[str, Any] = {"spent": spent(result.to_dict())}
+    if result.status == "storage_fault":
+        said |= {"failure": result.failure, "written": True}
     if result.rung is not None:
         said["rung"] = result.rung
     if "stages_of" in result.conditions:
