@@ -10,23 +10,22 @@ from orchestrator.frontier import dominance
 from orchestrator.study import constraints
 from orchestrator.study.schema import StudyConfig
 from orchestrator.sweep.searcher import Proposer
-from orchestrator.words.labels import short_label
 
 
 def feasible(
     config: StudyConfig, proposer: Proposer, baseline: Mapping[str, float] | None
-) -> list[tuple[str, dict[str, float]]]:
-    """Returns (recipe label, metrics) of the baseline, which comes first, and of every feasible ok trial, seeds averaged."""
+) -> list[tuple[str | None, Mapping[str, float]]]:
+    """Returns (recipe hash, metrics) of the baseline, which comes first as None, and of every feasible ok trial, seeds averaged."""
     if baseline is None:
         return []
     limits = config.parsed_constraints()
-    found = [("baseline", dict(baseline))]
+    found: list[tuple[str | None, Mapping[str, float]]] = [(None, baseline)]
     for recipe, metrics in proposer.outcomes.items():
         if metrics is None:
             continue
-        values = constraints.derived(metrics, baseline)
+        values = constraints.derived(metrics, baseline) if limits else metrics
         if all(c.satisfied(values) for c in limits):
-            found.append((short_label(proposer.recipes[recipe], config.techniques), dict(metrics)))
+            found.append((recipe, metrics))
     return found
 
 

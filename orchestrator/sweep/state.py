@@ -21,6 +21,7 @@ from orchestrator.study.space import SearchSpace
 from orchestrator.sweep import points
 from orchestrator.sweep.searcher import Proposer, make_sampler
 from orchestrator.sweep.work import Snapshot, Work
+from orchestrator.words.labels import short_label
 from workers.model_info import ModelInfo
 from workers.node.lease import Lease
 from workers.node.storage_faults import in_a_line
@@ -312,14 +313,15 @@ class Sweep:
 
     def snapshot(self) -> Snapshot:
         """Returns the progress as of now."""
-        ended = [status for trial, (status, _) in self.rows.items() if trial not in self._open_trials()]
+        flying = {s.trial_id for w in self.open.values() for s in w.specs}
+        ended = [status for trial, (status, _) in self.rows.items() if trial not in flying]
         best: dict[str, tuple[float, str]] = {}
         found = points.feasible(self.config, self.proposer, self.baseline)[1:]
         for name, direction in self.config.objectives.items():
             pick = max if direction == "maximize" else min
             if found:
-                label, metrics = pick(found, key=lambda p: p[1][name])
-                best[name] = (metrics[name], label)
+                recipe, metrics = pick(found, key=lambda p: p[1][name])
+                best[name] = (metrics[name], short_label(self.proposer.recipes[str(recipe)], self.config.techniques))
         done = self.issued - len([w for w in [*self.open.values(), *self._retry] if w.number is not None])
         elapsed = time.monotonic() - self.started
         here = done - self.done_before
@@ -341,9 +343,6 @@ class Sweep:
             left,
             self.stopping or "",
         )
-
-    def _open_trials(self) -> set[str]:
-        return {s.trial_id for w in self.open.values() for s in w.specs}
 
 
 def _key(work: Work) -> str:
