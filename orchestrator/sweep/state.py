@@ -383,7 +383,8 @@ class Sweep:
 
     def snapshot(self) -> Snapshot:
         """Returns the progress as of now."""
-        ended = [status for trial, (status, _) in self.rows.items() if trial not in self._open_trials()]
+        flying = {s.trial_id for w in self.open.values() for s in w.specs}
+        ended = [status for trial, (status, _) in self.rows.items() if trial not in flying]
         done = self.issued - len([w for w in [*self.open.values(), *self._retry] if w.number is not None])
         elapsed = time.monotonic() - self.started
         here = done - self.done_before
@@ -406,9 +407,6 @@ class Sweep:
             self.stopping or "",
             ended.count(STOPPED),
         )
-
-    def _open_trials(self) -> set[str]:
-        return {s.trial_id for w in self.open.values() for s in w.specs}
 
 
 def _key(work: Work) -> str:
