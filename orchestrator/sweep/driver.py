@@ -57,6 +57,7 @@ def run_study(
     quiet: bool = False,
     runner: str = RUNNER,
     retry: Collection[str] = (),
+    finish: Collection[str] = (),
     spent_s: float = 0.0,
     ended: str | None = None,
     watch: Watch | None = None,
@@ -65,7 +66,7 @@ def run_study(
     """Runs a study in this process: what :func:`orchestrator.sweep.keeper.run_study` runs in another one.
 
     Args:
-        config, storage, address, quiet, runner, retry: see there.
+        config, storage, address, quiet, runner, retry, finish: see there.
         spent_s: seconds that drivers before this one have spent of the time budget.
         ended: why nothing is run: what a driver before this one has found is only brought to its end. None runs.
         watch: watches over Ray.
@@ -107,7 +108,15 @@ def run_study(
         token = _open_folder(ledger, config, context.digest, said)
         _await_orphans(ledger)
         sweep = open_sweep(
-            config, context, info, ledger, storage_url=store.url, token=token, versions=versions(), retry=retry
+            config,
+            context,
+            info,
+            ledger,
+            storage_url=store.url,
+            token=token,
+            versions=versions(),
+            retry=retry,
+            finish=finish,
         )
         sweep.lease, sweep.stopping = lease, ended
         sweep.started -= spent_s
@@ -280,4 +289,5 @@ def _finish(sweep: Sweep, url: str) -> StudyRun:
         reason="" if complete else (sweep.stopping or "interrupted"),
         hypervolume=snapshot.hypervolume,
         elapsed_s=snapshot.elapsed_s,
+        paused=snapshot.paused,
     )
