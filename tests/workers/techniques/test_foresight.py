@@ -79,5 +79,5 @@ def test_a_technique_that_says_nothing_of_it_is_judged_by_what_it_asks_for() -> 
 def test_the_contract_finds_a_technique_that_says_otherwise() -> None:
     """As one does that asks whether there are values."""
     tells = scale(lambda weight: "nothing" if weight.is_meta else "something")
-    with pytest.raises(AssertionError, match="foresee says .*nothing.*, apply resolves .*something"):
+    with pytest.raises(AssertionError, match=r"foresee says .*nothing.*, apply resolves .*something"):
         what_is_foreseen_happens(Subject(tells, {}, "class"))
