@@ -9,7 +9,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from orchestrator.study.space import SearchSpace
 from orchestrator.study.weights import weights_notes
 from orchestrator.sweep import after_search
 from orchestrator.sweep.dashboard import leave_journal
+from orchestrator.sweep.facts import BackgroundFacts
 from orchestrator.sweep.frontier_history import write_frontier
 from orchestrator.sweep.opening import open_sweep
 from orchestrator.sweep.outcome import StudyBusy, StudyFailed, StudyRun
@@ -102,7 +103,8 @@ def run_study(
         raise StudyRefused(
             f"study {config.name}: none of its techniques can work on {info.name}; `vitpareto plan` says why"
         )
-    with _held(store, config.name) as lease:
+    facts = BackgroundFacts(context, config.seeds, store, config.name) if runner == RUNNER else None
+    with _held(store, config.name) as lease, facts or nullcontext():
         ledger = Ledger(store, config.name, config.parsed_constraints(), context.digest)
         said = {"notes": list(described.notes), "warnings": list(described.warnings)}
         token = _open_folder(ledger, config, context.digest, said)
@@ -117,6 +119,7 @@ def run_study(
             versions=versions(),
             retry=retry,
             finish=finish,
+            facts=facts,
         )
         sweep.lease, sweep.stopping = lease, ended
         sweep.started -= spent_s

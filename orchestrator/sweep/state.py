@@ -68,6 +68,7 @@ class Sweep:
         waiting: trials that waited for the lane, or for another's stage, when the marks were last read.
         halving: which proposals stand at a rung of their recovery training, and which of these go on.
         spent: trial id to the seconds that its attempts took.
+        learnt: is told of each recipe that was trained.
         ended_works: how many works have come back, whatever became of them.
     """
 
@@ -92,6 +93,7 @@ class Sweep:
     issued: int = 0
     done_before: int = 0
     ended_works: int = 0
+    learnt: Callable[[Recipe], object] = lambda recipe: None
     spent: dict[str, Spent] = field(default_factory=dict)
     lost_count: Counter[str] = field(default_factory=Counter)
     lease: Lease | None = None
@@ -272,6 +274,7 @@ class Sweep:
             return
         status, metrics = self.rows[work.specs[0].trial_id]
         if status == "ok":
+            self.learnt(Recipe())
             self.baseline, self.baseline_at = metrics, time.monotonic()
             self.halving.baseline = metrics
         else:
@@ -284,6 +287,7 @@ class Sweep:
         else:
             self._tell(number, recipe)
             self.remember(number, recipe)
+            self.learnt(recipe)
 
     def rest(self, number: int, recipe: Recipe) -> None:
         """Takes that a proposal stands at a rung."""
