@@ -95,12 +95,18 @@ def open_sweep(
     return sweep
 
 
-def _question(config: StudyConfig, space: SearchSpace, baseline: Callable[[], Mapping[str, float] | None]) -> Question:
+def _question(
+    config: StudyConfig,
+    space: SearchSpace,
+    baseline: Callable[[], Mapping[str, float] | None],
+    refusal: Callable[[Recipe], str | None],
+    facts: BackgroundFacts | None,
+) -> Question:
     """Returns what the sampler is told of a study.
 
     Args:
-        baseline: metrics of the uncompressed model, None before they are known.
-        refusal: says why a recipe is not run.
+        baseline: returns the metrics of the uncompressed model, None before they are known.
+        refusal: says why a recipe is not run, or None.
         facts: what is known of recipes before they are trained.
     """
     known = registry()
