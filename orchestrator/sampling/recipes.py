@@ -41,9 +41,17 @@ KEPT = 10_000
 class Space(Protocol):
     """A search space of recipes: :class:`orchestrator.study.space.SearchSpace`, or a table of outcomes."""
 
-    max_techniques: int
-    axes: Mapping[str, Mapping[str, Axis]]
-    families: Sequence[tuple[str, tuple[str, ...]]]
+    @property
+    def max_techniques(self) -> int:
+        """Most techniques in one recipe."""
+
+    @property
+    def axes(self) -> Mapping[str, Mapping[str, Axis]]:
+        """Technique to parameter to what it may be."""
+
+    @property
+    def families(self) -> Sequence[tuple[str, tuple[str, ...]]]:
+        """Name and techniques of each family, in the order of recipes."""
 
     def legal_orders(self, names: tuple[str, ...]) -> list[tuple[str, ...]]:
         """Returns the orders in which these techniques, in that of their families, may stand."""
@@ -152,7 +160,7 @@ class RecipeKeys:
                 pairs = zip(first[name], second[name], strict=True)
                 chosen[name] = tuple(a if rng.random() < 0.5 else b for a, b in pairs)
             elif rng.random() < 0.5:
-                chosen[name] = first.get(name) or second[name]
+                chosen[name] = first[name] if name in first else second[name]
         while len(chosen) > self.space.max_techniques:
             del chosen[pick(rng, list(chosen))]
         return self._arrange(rng, chosen) or self.near(rng, one)

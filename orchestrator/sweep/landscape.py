@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from orchestrator.frontier.dominance import nondominated
+from orchestrator.sampling.suggestions import RandomSuggest
 from orchestrator.study.constraints import Constraint, derived
 from orchestrator.study.schema import StudyConfig
 from orchestrator.study.space import SearchSpace
-from orchestrator.sweep.suggestions import RandomSuggest
 from orchestrator.words.units import format_value
 from workers.metrics import EXACT
 from workers.node.storage import Storage
@@ -97,7 +97,7 @@ def _shares(
 
 def _trade_off(known: Sequence[tuple[Recipe, Mapping[str, float]]]) -> Iterator[str]:
     values = np.array([[facts[name] for name in TRADED] for _, facts in known])
-    members = [known[i] for i in np.flatnonzero(nondominated(values, ["minimize"] * len(TRADED)))]
+    members = [known[i] for i in np.flatnonzero(nondominated(values, ["minimize"] * len(TRADED))).tolist()]
     for title, name in (("smallest", "size_bytes"), ("least work", "macs")):
         other = next(one for one in TRADED if one != name)
         recipe, facts = min(members, key=lambda one: (one[1][name], one[1][other]))
