@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from scipy.optimize import approx_fprime
@@ -47,7 +49,7 @@ def test_predictions_are_those_of_the_normal_distribution() -> None:
 def test_points_may_come_at_any_pace_and_be_taken_back(steps: tuple[int, ...]) -> None:
     whole = Process(THETA, Products.of(X, X, SCALE))
     process = Process(THETA, Products.of(X[: steps[0]], X[: steps[0]], SCALE))
-    for start, end in zip(steps, steps[1:], strict=False):
+    for start, end in pairwise(steps):
         wrong = NEW[: 40 - start]
         process.add(Products.of(wrong, np.concatenate([X[:start], wrong]), SCALE))
         process.truncate(start)
