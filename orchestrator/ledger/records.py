@@ -61,6 +61,7 @@ def _attempt_checks(row: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
     yield "started_at", isinstance(row["started_at"], int | float) and abs(row["started_at"]) < 1e11
     yield "duration_s", isinstance(row.get("duration_s", 0.0), int | float)
     yield "failure", isinstance(row.get("failure"), str | None)
+    yield "speed_of", isinstance(row.get("speed_of"), str | None)
     yield "measurements", _are_measurements(row["measurements"])
 
 
