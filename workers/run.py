@@ -292,6 +292,7 @@ def _measure(
     name = None if is_baseline else _speed_question(bench, spec, quantities)
     known = known_speed(bench, spec, name) if name else None
     if known is None:
+        quantities.prepare()
         with bench.lane.exclusive(), bench.timed("measure"):
             known = known_speed(bench, spec, name) if name else None  # measured by another trial while this one waited
             found = Found() if known else quantities.measure()
@@ -366,8 +367,9 @@ def run_remeasure(spec: TrialSpec) -> tuple[Measurement, ...]:
         recipe, plan = ensure_recipe(bench, spec.recipe)
         simulated, timed = timed_as(replace(spec, recipe=recipe), bench.device.type)
         model = _twin(bench, plan, timed)[0] if simulated else bench.load(timed.key)
+        quantities = Quantities(bench, spec, model, plan[-1].key, is_baseline=False)
+        quantities.prepare()
         with bench.lane.exclusive():
-            quantities = Quantities(bench, spec, model, plan[-1].key, is_baseline=False)
             return tuple(quantities.speed(kind) for kind, objective in SPEEDS.items() if objective in spec.objectives)
 
     return with_sound_stages(spec, bench, use)[0]

@@ -10,6 +10,7 @@ from typing import Any
 from orchestrator.ledger.status import format_failures
 from orchestrator.report.data import TITLES, Candidate, Report
 from orchestrator.study.constraints import DROPS
+from orchestrator.words.spent_seconds import spent_text
 from orchestrator.words.units import format_seconds, format_value
 from workers.metrics import METRICS, SPEED_OBJECTIVES, SPEEDS
 
@@ -138,6 +139,7 @@ def facts(report: Report, made_at: datetime, version: str) -> list[tuple[str, st
         ("Stopped early", _stopped_text(status)),
         ("Constraints", ", ".join(limits) or "none"),
         ("Run", _when(report)),
+        ("Time", _spent(report)),
         *_baseline_facts(report.conditions.get("strong_baseline") or {}),
         ("Report", f"vitpareto {version}, {made_at:%Y-%m-%d %H:%M} UTC"),
     ]
@@ -189,6 +191,11 @@ def _when(report: Report) -> str:
         return ""
     lasted = format_seconds((report.ended - report.began).total_seconds())
     return f"{report.began:%Y-%m-%d %H:%M} UTC, over {lasted}"
+
+
+def _spent(report: Report) -> str:
+    text, taken = spent_text(report.status["seconds"]), report.status["speeds_taken_over"]
+    return f"{text}; {_count(taken, 'speed')} taken over from equal structures" if text and taken else text
 
 
 def _baseline_facts(strong: dict[str, Any]) -> list[tuple[str, str]]:

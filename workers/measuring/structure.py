@@ -77,11 +77,11 @@ def _check_normal(tensor: Tensor) -> None:
         raise _ValuesDecide
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every operator that runs."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[object] = []
 
     def __torch_dispatch__(
