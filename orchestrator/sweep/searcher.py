@@ -29,7 +29,7 @@ from orchestrator.study.constraints import Constraint
 from orchestrator.study.sampler import SamplerSection
 from orchestrator.study.scalars import SAMPLER_GROUP
 from orchestrator.study.space import SearchSpace
-from orchestrator.sweep.suggestions import NearSuggest, RandomSuggest
+from orchestrator.sampling.suggestions import NearSuggest, RandomSuggest
 from orchestrator.sweep.work import Proposal
 from workers.techniques import registry
 from workers.trial import INFRASTRUCTURE, Recipe
