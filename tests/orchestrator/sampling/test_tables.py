@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from orchestrator.sampling.suggestions import NearSuggest, RandomSuggest
 from orchestrator.sampling.tables import OutcomeTable, TableError, TableFacts, TableSpace, read_outcomes
 from orchestrator.study.axes import Choices, Grid
-from orchestrator.sweep.suggestions import NearSuggest, RandomSuggest
 from tests.outcome_tables import OBJECTIVES, PARAMETERS, rows, written
 from workers.trial import Recipe, Step
 
