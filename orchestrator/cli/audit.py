@@ -97,22 +97,17 @@ def _check_apart(parameters: list[str], objectives: dict[str, str]) -> None:
 
 def _sections(text: str | None, seeds: int) -> list[list[SamplerSection]]:
     """Returns a section a seed for every sampler."""
-    from pydantic import ValidationError
-
     from orchestrator.study.sampler import SamplerSection
-    from orchestrator.study.scalars import SAMPLERS
+    from orchestrator.study.scalars import SAMPLERS, sampler_name
 
-    try:
-        return [
-            [SamplerSection(name=name, seed=seed) for seed in range(seeds)]
-            for name in (_names(text, "sampler") if text is not None else SAMPLERS)
-        ]
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        remedy = fault.get("ctx", {}).get("remedy", "")
-        raise UsageError(
-            f"--sampler: {fault['msg']}, got {fault['input']!r}" + (f"; {remedy}" if remedy else "")
-        ) from None
+    names = list(SAMPLERS) if text is None else _names(text, "sampler")
+    for name in names:
+        try:
+            sampler_name(name)
+        except ValueError as error:
+            remedy = (getattr(error, "context", None) or {}).get("remedy", "")
+            raise UsageError(f"--sampler: {error}, got {name!r}; {remedy}") from None
+    return [[SamplerSection(name=name, seed=seed) for seed in range(seeds)] for name in names]
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

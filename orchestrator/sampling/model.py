@@ -7,7 +7,7 @@ it was stopped with; points that came later are added in the order of their numb
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,17 +39,24 @@ SIGNED = ("raw",)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a recipe ended: ``values`` of the objectives, less is better, and the constraints' violations; None: it failed."""
+    """How a recipe ended, or what is thought of one that stands at a rung of its training.
+
+    Attributes:
+        values: of the objectives, less is better; None: it failed. NaN is what is not known at a rung.
+        violations: of the constraints, positive where violated.
+        whole: it has been trained to its end.
+    """
 
     number: int
     key: Key
     values: tuple[float, ...] | None
     violations: tuple[float, ...] = ()
+    whole: bool = True
 
     @property
     def feasible(self) -> bool:
-        """It gave values, and no constraint is violated."""
-        return self.values is not None and all(v <= 0 for v in self.violations)
+        """It gave values at its end, and no constraint is violated."""
+        return self.whole and self.values is not None and all(v <= 0 for v in self.violations)
 
 
 @dataclass(frozen=True)
@@ -118,21 +125,28 @@ class RecipeModel:
 
     Args:
         features: of the recipes.
-        objectives: how many.
+        objectives: their names.
         constraints: their names, in the order of :attr:`Outcome.violations`.
+        late: those of both that are known of recipes trained to their end only.
 
     Attributes:
         since: number of the trial for which it was fitted; -1 before that.
-        due_at: ended trials at which it is to be fitted again.
+        due_at: known outcomes at which it is to be fitted again.
     """
 
-    def __init__(self, features: Features, objectives: int, constraints: Sequence[str]) -> None:
-        self.features, self.constraints = features, tuple(constraints)
-        self.objectives = objectives
-        self.names = [*(f"objective {k}" for k in range(objectives)), *(f"constraint {c}" for c in constraints)]
+    def __init__(
+        self, features: Features, objectives: Sequence[str], constraints: Sequence[str], late: Collection[str] = ()
+    ) -> None:
+        self.features, self.objectives = features, tuple(objectives)
+        self.names = [*(f"objective {k}" for k in objectives), *(f"constraint {c}" for c in constraints)]
+        plain = [*objectives, *constraints]
+        self._groups = {
+            "early": [i for i, name in enumerate(plain) if name not in late],
+            "late": [i for i, name in enumerate(plain) if name in late],
+        }
         self._fitted: dict[str, Fitted] = {}
-        self._valued: _Points | None = None
-        self._ended: _Points | None = None
+        self._points: dict[str, _Points] = {}
+        self._values: dict[str, dict[str, Array]] = {}
         self.since = -1
         self._open: frozenset[int] = frozenset()
         self.due_at = 0
@@ -144,110 +158,139 @@ class RecipeModel:
         number: int,
         outcomes: Mapping[int, Outcome],
         front: Sequence[int],
-        pending: Sequence[int],
+        unsettled: Collection[int],
         generator: np.random.Generator,
     ) -> dict[str, Any]:
         """Fits to what is known when trial ``number`` is asked for; returns plain values for :meth:`restore`.
 
         Args:
-            outcomes: by number; some with values.
+            outcomes: by number; at least two whole ones with values.
             front: numbers of the frontier's.
-            pending: numbers of trials whose outcome is open.
+            unsettled: numbers of trials of which more will be known.
         """
-        valued = [n for n, o in outcomes.items() if o.values is not None]
+        active: dict[str, list[int]] = {}
+        fitted: dict[str, Fitted] = {}
+        for group, columns in self._groups.items():
+            usable = [n for n, o in outcomes.items() if _usable(group, o)]
+            if columns:
+                active[group] = _select(usable, outcomes, front, columns, generator)
+                fitted |= self._learn(active[group], outcomes, columns, generator)
         failed = [n for n, o in outcomes.items() if o.values is None]
-        active = _select(valued, outcomes, front, generator)
-        points = [outcomes[n] for n in active]
-        some = sorted(generator.choice(len(active), min(MOST_LEARNT, len(active)), replace=False).tolist())
-        columns = self._columns(points)
-        rows = self.features([points[i].key for i in some])
-        products = Products.of(rows, rows, scale_of(self.features([p.key for p in points])))
-        scales = [SCALES] * self.objectives + [SIGNED] * len(self.constraints)
-        fitted = {
-            name: learn(columns[name][some], products, self._fitted.get(name), allowed)
-            for name, allowed in zip(self.names, scales, strict=True)
-        }
-        ended: list[int] = []
         if failed:
-            ended = sorted([*failed[-MOST // 2 :], *valued[-MOST // 2 :]])
-            rows = self.features([outcomes[n].key for n in ended])
-            labels = np.array([float(outcomes[n].values is None) for n in ended])
-            fitted[FAILED] = learn(labels, Products.of(rows, rows, scale_of(rows)), self._fitted.get(FAILED), SIGNED)
+            valued = [n for n, o in outcomes.items() if o.values is not None]
+            active[FAILED] = sorted([*failed[-MOST // 2 :], *valued[-MOST // 2 :]])
+            rows = self.features([outcomes[n].key for n in active[FAILED]])
+            labels = np.array([float(outcomes[n].values is None) for n in active[FAILED]])
+            products = Products.of(rows, rows, scale_of(rows))
+            fitted[FAILED] = learn(labels, products, self._fitted.get(FAILED), SIGNED)
         state = {
             "number": number,
             "active": active,
-            "ended": ended,
-            "pending": sorted(pending),
+            "unsettled": sorted(unsettled),
             "seen": len(outcomes),
             "fits": {name: one.to_list() for name, one in fitted.items()},
         }
         self.restore(state, outcomes)
         return state
 
+    def _learn(
+        self,
+        active: Sequence[int],
+        outcomes: Mapping[int, Outcome],
+        columns: Sequence[int],
+        generator: np.random.Generator,
+    ) -> dict[str, Fitted]:
+        some = sorted(generator.choice(len(active), min(MOST_LEARNT, len(active)), replace=False).tolist())
+        all_rows = self.features([outcomes[n].key for n in active])
+        rows = all_rows[some]
+        products = Products.of(rows, rows, scale_of(all_rows))
+        table = _table([outcomes[active[i]] for i in some])
+        return {
+            self.names[i]: learn(
+                table[:, i],
+                products,
+                self._fitted.get(self.names[i]),
+                SCALES if i < len(self.objectives) else SIGNED,
+            )
+            for i in columns
+        }
+
     def restore(self, state: Mapping[str, Any], outcomes: Mapping[int, Outcome]) -> None:
         """Takes a fit from what :meth:`fit` returned."""
         self._fitted = {name: Fitted.from_list(values) for name, values in state["fits"].items()}
-        learnt = {n: f for n, f in self._fitted.items() if n != FAILED}
-        self._valued = _Points(self.features, [outcomes[n] for n in state["active"]], learnt)
-        self._ended = None
-        if FAILED in self._fitted:
-            points = [outcomes[n] for n in state["ended"]]
-            self._ended = _Points(self.features, points, {FAILED: self._fitted[FAILED]})
-        self.since, self._open = int(state["number"]), frozenset(state["pending"])
+        groups = {**{g: [self.names[i] for i in columns] for g, columns in self._groups.items()}, FAILED: [FAILED]}
+        self._points = {
+            group: _Points(
+                self.features, [outcomes[n] for n in numbers], {name: self._fitted[name] for name in groups[group]}
+            )
+            for group, numbers in state["active"].items()
+        }
+        self.since, self._open = int(state["number"]), frozenset(state["unsettled"])
         self.due_at = min(math.ceil(state["seen"] * GROWTH), state["seen"] + MOST // 2)
-
-    def _columns(self, points: Sequence[Outcome]) -> dict[str, Array]:
-        table = np.array([[*(p.values or ()), *p.violations] for p in points])
-        return {name: table[:, k] for k, name in enumerate(self.names)}
 
     # --- predict ------------------------------------------------------------------------------------------------------
 
     def follow(self, outcomes: Mapping[int, Outcome], pending: Mapping[int, Key]) -> None:
-        """Adds what came after the fit, and the recipes whose outcome is open: near them less is to be learnt."""
-        assert self._valued is not None
+        """Adds what came after the fit, and the recipes of which nothing is known yet: near them less is to be learnt."""
         later = sorted(n for n in outcomes if n >= self.since or n in self._open)
-        valued = [n for n in later if outcomes[n].values is not None]
-        self._known = len(self._valued.names[: self._valued.first]) + len(valued)
-        names: list[object] = [*valued, *(("open", n) for n in sorted(pending))]
-        keys = [*(outcomes[n].key for n in valued), *(pending[n] for n in sorted(pending))]
-        self._valued.follow(names, keys)
-        known = [outcomes[int(str(n))] for n in self._valued.names[: self._known]]
-        self._values = self._columns(known)
-        if self._ended is not None:
-            self._ended.follow(later, [outcomes[n].key for n in later])
-            ended = [outcomes[int(str(n))] for n in self._ended.names]
-            self._labels = {FAILED: np.array([float(o.values is None) for o in ended])}
+        for group, points in self._points.items():
+            first = frozenset(points.names[: points.first])
+            new = [n for n in later if n not in first and _usable(group, outcomes[n])]
+            names: list[object] = list(new)
+            keys = [outcomes[n].key for n in new]
+            if group != FAILED:
+                names += [("open", n) for n in sorted(pending)]
+                keys += [pending[n] for n in sorted(pending)]
+            points.follow(names, keys)
+            known = [outcomes[n] for n in [*points.names[: points.first], *new] if isinstance(n, int)]
+            if group == FAILED:
+                self._values[group] = {FAILED: np.array([float(o.values is None) for o in known])}
+            else:
+                table = _table(known)
+                self._values[group] = {self.names[i]: table[:, i] for i in self._groups[group]}
 
     def predict(self, keys: Sequence[Key]) -> Prediction:
         """Predicts recipes from what :meth:`follow` took."""
-        assert self._valued is not None
-        rows = self.features(keys)
-        found = self._valued.predict(rows, self._values)
-        objectives = self.names[: self.objectives]
+        rows, found = self.features(keys), {}
+        for group, points in self._points.items():
+            found |= points.predict(rows, self._values[group])
+        objectives = self.names[: len(self.objectives)]
         feasible = np.ones(len(keys))
-        for name in self.names[self.objectives :]:
+        for name in self.names[len(self.objectives) :]:
             mean, deviation = found[name]
             feasible *= ndtr(-mean / deviation)
-        if self._ended is not None:
-            mean, _ = self._ended.predict(rows, self._labels)[FAILED]
-            feasible *= np.clip(1 - mean, 0.0, 1.0)
+        if FAILED in found:
+            feasible *= np.clip(1 - found[FAILED][0], 0.0, 1.0)
         return Prediction(
             np.stack([found[name][0] for name in objectives], -1),
             np.stack([found[name][1] for name in objectives], -1),
-            tuple(self._valued.targets[name].fitted.scale for name in objectives),
+            tuple(self._fitted[name].scale for name in objectives),
             feasible,
         )
 
 
+def _usable(group: str, outcome: Outcome) -> bool:
+    return group == FAILED or (outcome.values is not None and (outcome.whole or group == "early"))
+
+
+def _table(outcomes: Sequence[Outcome]) -> Array:
+    """Returns objectives and violations, a row an outcome."""
+    return np.array([[*(o.values or ()), *o.violations] for o in outcomes])
+
+
 def _select(
-    valued: Sequence[int], outcomes: Mapping[int, Outcome], front: Sequence[int], generator: np.random.Generator
+    valued: Sequence[int],
+    outcomes: Mapping[int, Outcome],
+    front: Sequence[int],
+    columns: Sequence[int],
+    generator: np.random.Generator,
 ) -> list[int]:
     """Returns the numbers of at most :data:`MOST` points: the frontier's, the newest, half of the rest near the frontier."""
     if len(valued) <= MOST:
         return sorted(valued)
     kept = {*list(front)[-MOST // 3 :], *sorted(valued)[-MOST // 4 :]}
     rest = np.array(sorted(set(valued) - kept))
-    table = np.array([outcomes[int(n)].values for n in rest])
+    table = _table([outcomes[int(n)] for n in rest])[:, columns]
     ranks = sum(rankdata(column) for column in table.T)
     near = rest[np.argsort(ranks, kind="stable")[: (MOST - len(kept)) // 2]]
     kept |= set(near.tolist())

@@ -5,7 +5,9 @@ Each trial is read once when it appears and once when it has ended: an ask costs
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,24 @@ from orchestrator.sampling.suggestions import GivenSuggest
 
 SECONDS = "seconds"
 """Trial attribute of a user: the seconds of work that went into its recipe, ``train`` and ``all``."""
+
+
+RUNG = "vitpareto:rung"
+"""Trial attribute of a recipe that stands, or stood last, at a rung: ``fraction`` of its training, ``metrics`` and ``violations`` there."""
+
+
+@dataclass(frozen=True)
+class _Rung:
+    """What was seen at a rung: objectives in their own units, then violations; NaN where it is not known."""
+
+    fraction: float
+    values: NDArray[np.float64]
+
+    @classmethod
+    def read(cls, rung: Mapping[str, Any], objectives: Sequence[str], constraints: Sequence[str]) -> Self:
+        found = [rung["metrics"].get(name) for name in objectives]
+        found += [rung.get("violations", {}).get(name) for name in constraints]
+        return cls(float(rung["fraction"]), np.array([np.nan if v is None else v for v in found], dtype=float))
 
 
 @dataclass
@@ -41,26 +61,39 @@ class Spent:
 class Outcomes:
     """The trials of one study.
 
+    Args:
+        space: of the recipes.
+        keys: theirs.
+        objectives: names, in the order of the study's directions.
+        constraints: names under which trials have them.
+
     Attributes:
         ended: number to outcome, of distinct recipes, in the order of their numbers as far as they were read together.
-        valued: how many of them have values.
+        paused: the same of those that stand at a rung, with what is thought of their end.
+        valued: how many ended with values.
         front: numbers of the feasible ones that none dominates, ascending.
-        open: number to recipe of the trials that run.
+        open: number to recipe of the trials that run and of which nothing is known yet.
         seen: every recipe that was asked for.
         trained: surgeries of recipes that were asked for.
         spent: what recipes took.
     """
 
-    def __init__(self, space: Space, keys: RecipeKeys) -> None:
+    def __init__(
+        self, space: Space, keys: RecipeKeys, objectives: Sequence[str], constraints: Sequence[str] = ()
+    ) -> None:
         self._space, self.keys = space, keys
+        self.objectives, self.constraints = tuple(objectives), tuple(constraints)
         self.ended: dict[int, Outcome] = {}
+        self.paused: dict[int, Outcome] = {}
         self.valued = 0
         self.front: list[int] = []
         self.open: dict[int, Key] = {}
+        self._running: dict[int, Key] = {}
+        self._rungs: dict[int, tuple[Key, _Rung]] = {}
+        self._gains: dict[int, NDArray[np.float64]] = {}
         self.seen: set[Key] = set()
         self.trained: set[Key] = set()
         self.spent = Spent()
-        self.constraints: tuple[str, ...] = ()
         self._answered: set[Key] = set()
         self._read = 0
         self._signs: NDArray[np.float64] = np.zeros(0)
@@ -69,17 +102,42 @@ class Outcomes:
         """Takes what is new, but for trial number ``current``, which is being asked for; returns the new trials."""
         trials = study.get_trials(deepcopy=False)
         self._signs = np.array([1.0 if d == StudyDirection.MINIMIZE else -1.0 for d in study.directions])
-        new = [t for t in trials[self._read : current]]
+        new = trials[self._read : current]
         for trial in new:
             key = self._key(trial)
             if key is not None:
                 self.seen.add(key)
                 self.trained.add(self.keys.surgery(key))
-                self.open[trial.number] = key
+                self._running[trial.number] = key
         self._read = max(self._read, current)
-        for number in [n for n in self.open if trials[n].state.is_finished()]:
-            self._end(trials[number], self.open.pop(number))
+        for number in [n for n in self._running if trials[n].state.is_finished()]:
+            self._end(trials[number], self._running.pop(number))
+        self._at_rungs(trials)
+        self.open = {n: key for n, key in self._running.items() if n not in self.paused}
         return new
+
+    @property
+    def known(self) -> dict[int, Outcome]:
+        """All that something is known of, by number."""
+        return {**self.ended, **self.paused}
+
+    def _at_rungs(self, trials: list[FrozenTrial]) -> None:
+        """Takes for the end of a paused training what it gave at its rung, and the median of what others gained from there."""
+        for number, key in self._running.items():
+            if (rung := trials[number].system_attrs.get(RUNG)) is not None:
+                self._rungs[number] = key, _Rung.read(rung, self.objectives, self.constraints)
+        gains: dict[float, list[NDArray[np.float64]]] = {}
+        for number, seen in self._gains.items():
+            gains.setdefault(self._rungs[number][1].fraction, []).append(seen)
+        for number, (key, rung) in self._rungs.items():
+            if number in self.ended:
+                self.paused.pop(number, None)
+                continue
+            some = gains.get(rung.fraction)
+            with_gain = rung.values + np.median(some, axis=0) if some else rung.values
+            count = len(self._signs)
+            values = self.minimised(with_gain[:count])
+            self.paused[number] = Outcome(number, key, tuple(values), tuple(with_gain[count:]), whole=False)
 
     def minimised(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Turns the signs of objectives that are maximised: (..., objectives); the same brings them back."""
@@ -100,14 +158,18 @@ class Outcomes:
             return
         self._answered.add(key)
         if trial.state == TrialState.PRUNED:
-            self.ended[trial.number] = Outcome(trial.number, key, None)
+            if RUNG not in trial.system_attrs:  # else it stays where it stood
+                self.ended[trial.number] = Outcome(trial.number, key, None)
             return
-        self.constraints = self.constraints or tuple(trial.constraints)
         values = tuple(float(v) for v in self.minimised(np.array(trial.values)))
         violations = tuple(float(trial.constraints.get(name, 0.0)) for name in self.constraints)
         found = Outcome(trial.number, key, values, violations)
         self.ended[trial.number] = found
         self.valued += 1
+        if (rung := trial.system_attrs.get(RUNG)) is not None:
+            seen = _Rung.read(rung, self.objectives, self.constraints)
+            self._rungs[trial.number] = key, seen
+            self._gains[trial.number] = np.array([*trial.values, *violations]) - seen.values
         if isinstance(spent := trial.user_attrs.get(SECONDS), dict):
             self.spent.add(float(spent.get("train", 0.0)), float(spent["all"]))
         if found.feasible:

@@ -82,6 +82,8 @@ class RecipeSampler(BaseSampler):
         objectives: names, in the order of the study's directions.
         seed: of everything drawn; what is drawn for a trial depends on it and the trial's number only.
         n_startup_trials: finished trials with values, known-good ones included, before the models have a say.
+        constraints: names under which the trials have them.
+        late: objectives and constraints that are known of recipes trained to their end only, not at a rung.
         conversions: techniques that need no training; recipes that differ in them alone share what is trained.
         reference: returns the study's reference point, in the objectives' units and order; None while it is not known.
         facts: what is known before training.
@@ -96,6 +98,8 @@ class RecipeSampler(BaseSampler):
         *,
         seed: int = 0,
         n_startup_trials: int = 10,
+        constraints: Sequence[str] = (),
+        late: Collection[str] = (),
         conversions: Collection[str] = (),
         reference: Callable[[], Sequence[float] | None] = lambda: None,
         facts: Facts | None = None,
@@ -106,7 +110,8 @@ class RecipeSampler(BaseSampler):
         self.n_startup_trials, self.reference, self.facts, self.costs = n_startup_trials, reference, facts, costs
         self.possible = possible
         self.keys = RecipeKeys(space, conversions)
-        self.outcomes = Outcomes(space, self.keys)
+        self.outcomes = Outcomes(space, self.keys, self.objectives, constraints)
+        self._late = frozenset(late)
         self.candidates = Candidates(self.keys)
         self._features = Features(space)
         self._model: RecipeModel | None = None
@@ -141,7 +146,7 @@ class RecipeSampler(BaseSampler):
     def _choose(self, study: Study, trial: FrozenTrial) -> Key:
         rng, generator = random.Random(f"{self.seed}:{trial.number}"), np.random.default_rng([self.seed, trial.number])
         self._read(study, trial.number)
-        if self.outcomes.valued < max(2, self.n_startup_trials):
+        if self.outcomes.valued + len(self.outcomes.paused) < self.n_startup_trials or self.outcomes.valued < 2:
             return self.candidates.unseen(rng, self.outcomes)
         self._refit(study, trial, generator)
         scored = self._scored(rng, generator)
@@ -161,17 +166,20 @@ class RecipeSampler(BaseSampler):
         """Takes what is new in the study, and of a restored one the last fit."""
         fits = [trial.system_attrs[FIT] for trial in self.outcomes.read(study, number) if FIT in trial.system_attrs]
         if fits and (self._model is None or int(fits[-1]["number"]) > self._model.since):
-            self._model = RecipeModel(self._features, len(self.objectives), self.outcomes.constraints)
-            self._model.restore(fits[-1], self.outcomes.ended)
+            self._model = self._new_model()
+            self._model.restore(fits[-1], self.outcomes.known)
+
+    def _new_model(self) -> RecipeModel:
+        return RecipeModel(self._features, self.objectives, self.outcomes.constraints, self._late)
 
     def _refit(self, study: Study, trial: FrozenTrial, generator: np.random.Generator) -> None:
-        outcomes = self.outcomes
+        outcomes, known = self.outcomes, self.outcomes.known
         if self._model is None:
-            self._model = RecipeModel(self._features, len(self.objectives), outcomes.constraints)
-        if len(outcomes.ended) >= self._model.due_at:
-            state = self._model.fit(trial.number, outcomes.ended, outcomes.front, list(outcomes.open), generator)
-            _note(study, trial, FIT, state)
-        self._model.follow(outcomes.ended, outcomes.open)
+            self._model = self._new_model()
+        if len(known) >= self._model.due_at:
+            unsettled = [*outcomes.open, *outcomes.paused]
+            _note(study, trial, FIT, self._model.fit(trial.number, known, outcomes.front, unsettled, generator))
+        self._model.follow(known, outcomes.open)
 
     def _scored(self, rng: random.Random, generator: np.random.Generator) -> Scored | None:
         """Returns the most promising candidates; None where every one was asked for."""
@@ -196,10 +204,14 @@ class RecipeSampler(BaseSampler):
 
     def _improvement(self, front: Array, generator: np.random.Generator) -> Improvement:
         outcomes = self.outcomes
-        points = front if len(front) else outcomes.values([n for n, o in outcomes.ended.items() if o.values])
+        points = (
+            front if len(front) else outcomes.values([n for n, o in outcomes.ended.items() if o.values is not None])
+        )
         stated = self.reference()
         if stated is None:
-            first = [n for n, outcome in sorted(outcomes.ended.items()) if outcome.values][: self.n_startup_trials]
+            first = [n for n, outcome in sorted(outcomes.ended.items()) if outcome.values is not None][
+                : self.n_startup_trials
+            ]
             reference = assumed_reference(points, outcomes.values(first), far=bool(generator.random() < 0.5))
         else:
             reference = outcomes.minimised(np.array(stated, dtype=float))

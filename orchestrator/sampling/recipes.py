@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -63,7 +64,7 @@ def is_ordered(axis: Axis) -> bool:
     """Says whether an axis is a scale: numbers, each larger than the one before."""
     values = list(axis)
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    return numbers and all(a < b for a, b in zip(values, values[1:], strict=False))
+    return numbers and all(a < b for a, b in pairwise(values))
 
 
 class RecipeKeys:
@@ -83,9 +84,7 @@ class RecipeKeys:
         self._parameters = {name: tuple(axes) for name, axes in space.axes.items()}
         self._free = {t: [i for i, a in enumerate(axes) if len(a) > 1] for t, axes in self._axes.items()}
         self._ordered = {t: [is_ordered(a) for a in axes] for t, axes in self._axes.items()}
-        self._place = {
-            t: (place, i) for place, (_, names) in enumerate(space.families) for i, t in enumerate(names)
-        }
+        self._place = {t: (place, i) for place, (_, names) in enumerate(space.families) for i, t in enumerate(names)}
         self._positions = {
             t: [{repr(value): i for i, value in enumerate(a)} for a in axes] for t, axes in self._axes.items()
         }
@@ -183,7 +182,7 @@ class RecipeKeys:
         i = pick(rng, self._free[name])
         positions, size = list(dict(key)[name]), self._sizes[name][i]
         if self._ordered[name][i] and rng.random() < NEXT_ON_GRID:
-            positions[i] += (1 if rng.random() < 0.5 else -1)
+            positions[i] += 1 if rng.random() < 0.5 else -1
             if not 0 <= positions[i] < size:
                 return None
         else:

@@ -124,4 +124,3 @@ class Target:
         known = self.process.mean(across, (z - middle) / spread)
         deviation = self.process.deviation(across, prior) * spread * self.fitted.inflation
         return known * spread + middle, deviation
-

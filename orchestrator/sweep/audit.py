@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.frontier.dominance import hypervolume, nondominated
-from orchestrator.sampling.tables import OutcomeTable, TableError, TableSpace
+from orchestrator.sampling.samplers import Question, make_sampler
+from orchestrator.sampling.tables import OutcomeTable, TableError, TableFacts, TableSpace
 from orchestrator.study.sampler import SamplerSection
-from orchestrator.sweep.searcher import Proposer, make_sampler
+from orchestrator.sweep.searcher import Proposer
 
 Floats = npt.NDArray[np.float64]
 
@@ -91,7 +92,14 @@ def audit(
     Raises:
         ValueError: the sampler does not take its options.
     """
-    proposer = Proposer(TableSpace(table), table.objectives, [], make_sampler(sampler), seed=sampler.seed)
+    space = TableSpace(table)
+    question = Question(
+        space,
+        list(table.objectives),
+        facts=TableFacts(table, known) if known else None,
+        possible=lambda recipe: space.fault(recipe) is None,
+    )
+    proposer = Proposer(space, table.objectives, [], make_sampler(sampler, question), seed=sampler.seed)
     rows: list[int] = []
     times_s: list[float] = []
     duplicates = infeasible = 0

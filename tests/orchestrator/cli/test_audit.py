@@ -50,7 +50,7 @@ def test_a_curve_is_columns_where_rows_are_flat(table: str) -> None:
 
 def test_another_package_s_sampler_by_name(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
     point = EntryPoint("mine", "optuna.samplers:QMCSampler", "vitpareto.samplers")
-    for module in ("orchestrator.study.scalars", "orchestrator.sweep.searcher"):
+    for module in ("orchestrator.study.scalars", "orchestrator.sampling.samplers"):
         monkeypatch.setattr(f"{module}.entry_points", lambda **_: EntryPoints([point]))
     monkeypatch.setattr("optuna.samplers.QMCSampler", optuna.samplers.RandomSampler)
     done = call("audit", "--table", table, *COLUMNS, "--sampler", "mine", *FEW, "--format", "json")
