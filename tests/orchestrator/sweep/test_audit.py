@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -89,6 +90,21 @@ def test_a_seed_says_all(table: OutcomeTable) -> None:
 
     assert run(0) == run(0)
     assert run(0).curve != run(1).curve
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_what_is_known_beforehand_changes_what_recipe_chooses_and_nothing_else(sampler: str, tmp_path: Path) -> None:
+    """A latency that follows from nothing cannot be learnt, and need not be where it is known."""
+    noise = random.Random(0)
+    data = [row | {"latency": row["accuracy"] / 10 + noise.random()} for row in rows()]
+    table = read_outcomes(written(tmp_path, data), PARAMETERS, OBJECTIVES)
+    yardstick, section = Yardstick(table), SamplerSection(name=sampler, seed=2)
+    blind, told = (audit(table, yardstick, section, 30, known) for known in ((), ("latency",)))
+    assert blind.curve[10] == told.curve[10]
+    if sampler == "recipe":
+        assert told.hypervolume_share > blind.hypervolume_share
+    else:
+        assert told.curve == blind.curve
 
 
 def test_points_of_a_curve() -> None:
