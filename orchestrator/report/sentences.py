@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import PurePath
 from typing import Any
@@ -135,12 +135,21 @@ def facts(report: Report, made_at: datetime, version: str) -> list[tuple[str, st
         ("Of the data", "; ".join(report.said_of_data)),
         ("Device", report.device_name),
         ("Trials", f"{status['done']} of {status['budget']} done, failed: {format_failures(status['failed'])}"),
+        ("Stopped early", _stopped_text(status)),
         ("Constraints", ", ".join(limits) or "none"),
         ("Run", _when(report)),
         *_baseline_facts(report.conditions.get("strong_baseline") or {}),
         ("Report", f"vitpareto {version}, {made_at:%Y-%m-%d %H:%M} UTC"),
     ]
     return [(name, text) for name, text in found if text]
+
+
+def _stopped_text(status: Mapping[str, Any]) -> str:
+    if not status["paused"]:
+        return ""
+    cost = f"{status['paused_epochs']:.3g} epochs of recovery and {format_seconds(status['paused_s'])} in all"
+    counts = ", ".join(f"{count} at {rung} of the recovery" for rung, count in status["paused"].items())
+    return f"{counts}; they cost {cost}"
 
 
 _FAMILIES = {"vilt": "ViLT", "meter": "METER"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Protocol, TypeVar
 
@@ -32,6 +33,9 @@ NEXT_ON_GRID = 0.6
 """Share of changed ordered values that move to a neighbouring value; the others go anywhere."""
 
 TRIES = 20
+
+KEPT = 10_000
+"""Recipes that are kept: candidates come back, and their hash takes longer than all else of them."""
 
 
 class Space(Protocol):
@@ -73,12 +77,16 @@ class RecipeKeys:
     Args:
         space: theirs.
         conversions: techniques that need no training.
+
+    Attributes:
+        recipe: returns the recipe that a key names.
     """
 
     def __init__(self, space: Space, conversions: Collection[str] = ()) -> None:
         self.space = space
         self.conversions = frozenset(conversions) & set(space.axes)
         self._axes = {name: tuple(axes.values()) for name, axes in space.axes.items()}
+        self.recipe = lru_cache(KEPT)(self._make)
         self._techniques = tuple(self._axes)
         self._sizes = {name: [len(axis) for axis in axes] for name, axes in self._axes.items()}
         self._parameters = {name: tuple(axes) for name, axes in space.axes.items()}
@@ -105,8 +113,7 @@ class RecipeKeys:
             steps.append((step.technique, tuple(i for i in found if i is not None)))
         return tuple(steps)
 
-    def recipe(self, key: Key) -> Recipe:
-        """Returns the recipe that a key names."""
+    def _make(self, key: Key) -> Recipe:
         return Recipe(
             tuple(
                 Step(t, {p: a[i] for p, a, i in zip(self._parameters[t], self._axes[t], positions, strict=True)})

@@ -282,7 +282,7 @@ class Proposer:
             metrics: found there, the means over its seeds.
         """
         self._again = [proposal for proposal in self._again if proposal.number != number]
-        known = {"fraction": fraction, "metrics": dict(metrics), "violations": self._violations(metrics)}
+        known: Any = {"fraction": fraction, "metrics": dict(metrics), "violations": self._violations(metrics)}
         self.study._storage.set_trial_system_attr(self._frozen(number)._trial_id, RUNG, known)
 
     def _answer(self, number: int, recipe: str, outcome: Mapping[str, float] | None) -> None:
