@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import socket
 import sys
@@ -55,7 +56,9 @@ def run(
 def resume(
     name: NameArgument,
     storage: StorageOption = STORAGE,
-    trials: TrialsOption = None,
+    trials: Annotated[
+        str | None, typer.Option(metavar="N", help="Trials in total, or +N more than the study's budget.")
+    ] = None,
     time_budget: BudgetOption = None,
     address: RayOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
@@ -76,7 +79,16 @@ def resume(
     again = _failure_classes(retry or [])
     ledger, stored = open_study(name, storage)
     ends = _stopped_trials(ledger, finish or [])
-    _run(stored_study(stored, ledger.folder), storage, trials, time_budget, address, quiet, again, ends)
+    config = stored_study(stored, ledger.folder)
+    total = None if trials is None else _total(trials, config.trials)
+    _run(config, storage, total, time_budget, address, quiet, again, ends)
+
+
+def _total(text: str, budget: int) -> int:
+    """Returns the trials that ``20`` or ``+5`` stand for, the latter more than a budget."""
+    if not re.fullmatch(r"\+?[1-9][0-9]{0,8}", text):
+        raise UsageError(f"--trials {text}: must be a number of trials, 20, or how many more, +5")
+    return int(text) + (budget if text.startswith("+") else 0)
 
 
 def _stopped_trials(ledger: Ledger, starts: list[str]) -> tuple[str, ...]:

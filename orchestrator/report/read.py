@@ -17,6 +17,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.ledger.schema import metric_of
 from orchestrator.ledger.status import study_status
 from orchestrator.report.data import TITLES, Candidate, Metric, Report
+from orchestrator.report.outlook import predictions_text, prospects_text
 from orchestrator.report.overview import (
     contributions,
     failure_classes,
@@ -76,6 +77,8 @@ def read_report(ledger: Ledger, objectives: Sequence[str] | None = None) -> Repo
         failures=failure_classes(trials),
         stopped=stopped_early(ledger, searched),
         said_of_data=_said_of_data(record),
+        predictions=predictions_text(record),
+        prospects=prospects_text(record, searched, ledger.study),
     )
     report.volume, report.techniques = contributions(report)
     return report

@@ -137,6 +137,8 @@ def facts(report: Report, made_at: datetime, version: str) -> list[tuple[str, st
         ("Device", report.device_name),
         ("Trials", f"{status['done']} of {status['budget']} done, failed: {format_failures(status['failed'])}"),
         ("Stopped early", _stopped_text(status)),
+        ("Predictions", report.predictions),
+        ("Next", report.prospects),
         ("Constraints", ", ".join(limits) or "none"),
         ("Run", _when(report)),
         ("Time", _spent(report)),

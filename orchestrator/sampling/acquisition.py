@@ -48,6 +48,11 @@ class Improvement:
         shortest: Array = (gap[..., None, :] * self._inverse).min(-1)
         return np.maximum(shortest, 0.0) ** len(self.reference)
 
+    @property
+    def total(self) -> float:
+        """The frontier's own hypervolume, in the unit of improvements."""
+        return float(self._best.mean())
+
     def of(self, points: Array) -> Array:
         """Returns what each of (..., objectives) points adds: (...,)."""
         found: Array = np.maximum(self._cubes(points) - self._best, 0.0).mean(-1)

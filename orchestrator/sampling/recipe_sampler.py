@@ -61,8 +61,8 @@ class Scored:
     Attributes:
         keys: of the recipes.
         means, deviations: what is expected of the objectives, in their own units and signs: (recipes, objectives).
-        gain: expected gain of hypervolume, in multiples of the box between the frontier's best and the reference point.
-        worth: the same in an expected second of work.
+        gain: expected gain of hypervolume; ``total`` is the frontier's, in the same unit.
+        worth: gain in an expected second of work.
         known: (recipes, objectives), whether it is a fact.
     """
 
@@ -70,8 +70,24 @@ class Scored:
     means: Array
     deviations: Array
     gain: Array
+    total: float
     worth: Array
     known: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """What is expected of a recipe that was not run.
+
+    Attributes:
+        recipe: which.
+        expected: objective to mean and standard deviation, in its own units; 0 where it is known beforehand.
+        gain: expected gain of hypervolume, as a share of the frontier's.
+    """
+
+    recipe: Recipe
+    expected: Mapping[str, tuple[float, float]]
+    gain: float
 
 
 class RecipeSampler(BaseSampler):
@@ -149,7 +165,7 @@ class RecipeSampler(BaseSampler):
         if self.outcomes.valued + len(self.outcomes.paused) < self.n_startup_trials or self.outcomes.valued < 2:
             return self.candidates.unseen(rng, self.outcomes)
         self._refit(study, trial, generator)
-        scored = self._scored(rng, generator)
+        scored = self._scored(rng, generator, self.outcomes.open)
         if scored is None:
             return self.candidates.unseen(rng, self.outcomes)
         order = np.argsort(-scored.worth, kind="stable").tolist()
@@ -163,6 +179,31 @@ class RecipeSampler(BaseSampler):
         }
         _note(study, trial, PREDICTED, expected)
         return scored.keys[best]
+
+    def outlook(self, study: Study, count: int) -> list[Prospect]:
+        """Returns what is expected of the recipes that would be asked for next, each in the light of those before it.
+
+        Recipes are chosen by their gain, whatever they cost. None before the models have had a say.
+        """
+        number = len(study.get_trials(deepcopy=False))
+        self._read(study, number)
+        found: list[Prospect] = []
+        pending = dict(self.outcomes.open)
+        while self._model is not None and len(found) < count:
+            rng, generator = random.Random(f"{self.seed}:{number}"), np.random.default_rng([self.seed, number])
+            self._model.follow(self.outcomes.known, pending)
+            scored = self._scored(rng, generator, pending)
+            order = np.argsort(-scored.gain, kind="stable").tolist() if scored else []
+            best = next((i for i in order if scored and self.possible(self.keys.recipe(scored.keys[i]))), None)
+            if scored is None or best is None or not scored.gain[best]:
+                break
+            values = zip(self.objectives, scored.means[best], scored.deviations[best], strict=True)
+            expected = {name: (float(mean), float(spread)) for name, mean, spread in values}
+            gain = float(scored.gain[best]) / scored.total if scored.total else 0.0
+            found.append(Prospect(self.keys.recipe(scored.keys[best]), expected, gain))
+            pending[number] = scored.keys[best]
+            number += 1
+        return found
 
     def _read(self, study: Study, number: int) -> None:
         """Takes what is new in the study, and of a restored one the last fit."""
@@ -183,13 +224,14 @@ class RecipeSampler(BaseSampler):
             _note(study, trial, FIT, self._model.fit(trial.number, known, outcomes.front, unsettled, generator))
         self._model.follow(known, outcomes.open)
 
-    def _scored(self, rng: random.Random, generator: np.random.Generator) -> Scored | None:
+    def _scored(self, rng: random.Random, generator: np.random.Generator, pending: Mapping[int, Key]) -> Scored | None:
         """Returns the most promising candidates; None where every one was asked for."""
         assert self._model is not None
-        outcomes, keys = self.outcomes, self.candidates.make(rng, self.outcomes)
+        outcomes, taken = self.outcomes, set(pending.values())
+        keys = [key for key in self.candidates.make(rng, outcomes) if key not in taken]
         if not keys:
             return None
-        found, known = self._with_facts(keys, self._model.predict([*keys, *outcomes.open.values()]))
+        found, known = self._with_facts(keys, self._model.predict([*keys, *pending.values()]))
         here, believed = found.part(slice(len(keys))), found.part(slice(len(keys), None))
         front = np.concatenate([outcomes.values(outcomes.front), believed.values(0.0)[believed.feasible > 0.5]])
         improvement = self._improvement(front, generator)
@@ -202,7 +244,7 @@ class RecipeSampler(BaseSampler):
         low, high = outcomes.minimised(best.values(-1.0)), outcomes.minimised(best.values(1.0))
         worth = gain / costs[top] if gain.any() else hoped[top]
         means = outcomes.minimised(best.values(0.0))
-        return Scored([keys[i] for i in top], means, np.abs(high - low) / 2, gain, worth, known[top])
+        return Scored([keys[i] for i in top], means, np.abs(high - low) / 2, gain, improvement.total, worth, known[top])
 
     def _improvement(self, front: Array, generator: np.random.Generator) -> Improvement:
         outcomes = self.outcomes

@@ -228,6 +228,7 @@ def _wind_up(sweep: Sweep, lease: Lease) -> None:
         sweep.ledger.compact()
         if sweep.baseline is not None:
             write_frontier(sweep)
+        sweep.ledger.write_study({**(sweep.ledger.study_record() or {}), "foresight": sweep.proposer.foresight()})
         _leave_journal(sweep)
     except StorageNotSeen as error:
         sweep.pause(str(error))

@@ -24,6 +24,7 @@ from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from orchestrator.sampling.foresight import foresight
 from orchestrator.sampling.outcomes import RUNG, SECONDS
 from orchestrator.sampling.recipe_sampler import RecipeSampler
 from orchestrator.sampling.recipes import Space
@@ -368,6 +369,10 @@ class Proposer:
         return True
 
     # --- for other tools ----------------------------------------------------------------------------------------------
+
+    def foresight(self) -> dict[str, Any]:
+        """Returns how well the sampler predicted, and what it expects of going on: :func:`orchestrator.sampling.foresight.foresight`."""
+        return foresight(self.study, self.study.sampler, tuple(self.objectives))
 
     def journal_bytes(self, name: str, notes: Mapping[int, TrialNote] | None = None) -> bytes:
         """Returns the Optuna study as a file of its journal storage, which optuna-dashboard opens; the study stays as it is.
