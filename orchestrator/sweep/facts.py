@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from dataclasses import asdict
 from typing import Self
 
 from orchestrator.sweep.facts_process import start_code
+from orchestrator.sweep.marked import MARK
 from workers.metrics import EXACT
 from workers.node.storage import Storage
 from workers.techniques import registry, versions
@@ -139,6 +141,9 @@ class BackgroundFacts:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
+                env={
+                    name: value for name, value in os.environ.items() if name != MARK
+                },  # it outlives a Ray that is ended
                 start_new_session=True,  # a terminal's Ctrl-C is the driver's, which closes stdin
             )
             request = {
