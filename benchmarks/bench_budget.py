@@ -31,9 +31,13 @@ SIDES: Mapping[str, Mapping[str, Any]] = {
     "stock-default": {},
     "ours": {},
     "tpe": {"sampler": {"name": "tpe"}},
-    "unstopped": {"early_stopping": "none"},
+    "no-facts": {"sampler": {"options": {"facts": False}}},
+    "no-costs": {"sampler": {"options": {"costs": False}}},
+    "no-halving": {"early_stopping": "none"},
+    "tpe-no-halving": {"sampler": {"name": "tpe"}, "early_stopping": "none"},
 }
-"""Side to what it changes in the study; those of this project begin with the study as it is."""
+"""Side to what it changes in the study. ``ours`` has every part on; the others lack what their name says, the last all but the
+stages that recipes share."""
 
 MOST_TRIALS = 300
 """Of this project's sides, which end when they have trained long enough."""
@@ -70,7 +74,7 @@ def run_all(options: argparse.Namespace) -> None:
                 changes["trials"], most = options.trials, 0.0
             else:
                 changes["trials"] = MOST_TRIALS
-                most = options.most * quartiles([run.spent() for run in stock])[1]
+                most = options.most * quartiles([run.spent("train_cpu_s") for run in stock])[1]
             folder = options.baselines / options.data
             order = {"data": options.data, "path": options.path, "side": side, "seed": seed}
             done = make({**order, "changes": changes, "folder": str(folder.absolute()), "most_s": most})
@@ -120,7 +124,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seeds", type=lambda text: range(int(text)), default=range(5), help="how many")
     made.add_argument("--seed", type=int, help="this one alone")
     made.add_argument("--trials", type=int, default=60, help="recipes of the stock side")
-    made.add_argument("--most", type=float, default=0.5, help="share of stock's seconds after which the others end")
+    made.add_argument(
+        "--most", type=float, default=0.5, help="share of stock's CPU seconds of training after which the others end"
+    )
     made.add_argument("--output", type=Path, required=True, help="file of JSON lines")
     made.add_argument("--baselines", type=Path, default=Path("results/budget"), help="folder of the trained baselines")
     made.add_argument("--summary", action="store_true", help="print a row a side instead of running")

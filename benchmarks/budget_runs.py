@@ -282,7 +282,7 @@ def ended_when(enough: Callable[[], bool], every_s: float = 2.0) -> Iterator[Non
 
 
 def ours(config: StudyConfig, folder: Path, most_s: float) -> tuple[list[Spent], float]:
-    """Searches with this project until the study ends or has trained for ``most_s`` seconds; returns attempts and wall seconds."""
+    """Searches with this project until the study ends or has trained for ``most_s`` CPU seconds; returns attempts and wall seconds."""
     from orchestrator import run_study
 
     with tempfile.TemporaryDirectory(prefix="vitpareto-bench-") as results:
@@ -290,7 +290,7 @@ def ours(config: StudyConfig, folder: Path, most_s: float) -> tuple[list[Spent],
         ledger = Ledger(open_storage(results), config.name)
 
         def enough() -> bool:
-            return sum(one.costs["train_s"] for one in attempts(ledger)) >= most_s
+            return sum(one.costs["train_cpu_s"] for one in attempts(ledger)) >= most_s
 
         started = time.perf_counter()
         with ended_when(enough):
