@@ -56,7 +56,7 @@ CIFAR10: Mapping[str, Any] = {
 }
 """What differs from the quick study on CIFAR-10: 17 tokens as there, out of 32 x 32 pixels."""
 
-LIMITS: Mapping[str, int] = {"train_limit": 4000, "search_limit": 2000, "report_limit": 500}
+LIMITS: Mapping[str, int] = {"train_limit": 2000, "search_limit": 2000, "report_limit": 500}
 """Images of CIFAR-10, so that a stock search of 60 recipes takes minutes."""
 
 
