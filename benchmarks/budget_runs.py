@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -60,7 +61,7 @@ LIMITS: Mapping[str, int] = {"train_limit": 2000, "search_limit": 2000, "report_
 """Images of CIFAR-10, so that a stock search of 60 recipes takes minutes."""
 
 
-def study(data: str, path: str | None = None, **changes: Any) -> dict[str, Any]:
+def study(data: str, path: str | None = None, changes: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """Returns the study of a kind of data, as its file would hold it, without a reference point.
 
     Args:
@@ -75,7 +76,7 @@ def study(data: str, path: str | None = None, **changes: Any) -> dict[str, Any]:
     made["resources"] = {"cpus": 1, "max_concurrent": 1}
     if data == "cifar10":
         made |= {**CIFAR10, "data": {"kind": "parquet", "path": path, **LIMITS}}
-    return made | changes
+    return {**made, **changes}
 
 
 # --- the worker -------------------------------------------------------------------------------------------------------
@@ -311,7 +312,7 @@ def search(order: Mapping[str, Any]) -> Run:
     changes, seed = dict(order["changes"]), int(order["seed"])
     if not order["side"].startswith("stock"):
         changes["sampler"] = {**changes.get("sampler", {}), "seed": seed}
-    asked = study(order["data"], order["path"], **changes)
+    asked = study(order["data"], order["path"], changes)
     metrics = baseline(load_study(asked), Path(order["folder"]))[1].metrics
     corner = reference(metrics)
     config = load_study({**asked, "reference_point": corner})

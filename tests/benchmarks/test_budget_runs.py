@@ -91,7 +91,7 @@ def test_both_sides_search_and_compare(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_a_search_ends_once_it_has_trained_long_enough(tmp_path: Path) -> None:
-    budget_runs.baseline(load_study(budget_runs.study("digits", **TINY)), tmp_path)
+    budget_runs.baseline(load_study(budget_runs.study("digits", None, TINY)), tmp_path)
     run = budget_runs.search({**order("tpe", tmp_path, trials=500, **SIDES["tpe"]), "most_s": 0.01})
     assert run.spent("train_cpu_s") >= 0.01
     assert len(run.trials) < 100
