@@ -27,7 +27,7 @@ def main() -> int:
     print()
     if result.failure:
         print(result.failure, file=sys.stderr)
-    return 0 if result.status == "ok" else 1
+    return 0 if result.status in ("ok", "stopped") else 1
 
 
 if __name__ == "__main__":

@@ -24,9 +24,11 @@ from workers.node.lane import Lane
 from workers.node.provenance import provenance
 from workers.node.storage import open_storage
 from workers.node.storage_faults import StorageNotSeen, check_seen, storage_fault
+from workers.rung import accuracy_metrics, numbers_at_rung
 from workers.stages.answers import Answer, keep_answer, known_answer
 from workers.stages.cache import discard, ensure, ensure_recipe
 from workers.stages.graph import Infeasible, Stage, compile_recipe, prefix, resolve
+from workers.stages.runners import RecoveryPaused
 from workers.stages.workbench import DamagedStage, Workbench
 from workers.techniques.quantisation.shared_affine import NotQuantisable, unquantised
 from workers.training.loop import TrainingDiverged
@@ -40,7 +42,7 @@ _REFUSALS = (Infeasible, NotQuantisable, TrainingDiverged, evaluation.NotFiniteO
 
 
 def run_trial(spec: TrialSpec) -> TrialResult:
-    """Runs ``spec`` and returns how it ended.
+    """Runs ``spec`` and returns how it ended: at its end, or where its recovery training pauses (``until``).
 
     Everything is taken from the artefact after reloading it: accuracy on the search split, bytes, speed against the
     interleaved baseline. MACs and params are counted on the unquantised twin, because opaque kernels hide them.
@@ -53,6 +55,7 @@ def run_trial(spec: TrialSpec) -> TrialResult:
     try:
         with guard(deadline):
             _run(spec, deadline, outcome)
+        status = "ok" if outcome.rung is None else "stopped"
     except Exception as error:  # noqa: BLE001 - the boundary: whatever happens becomes a status
         status = classify(error)
         failure = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
@@ -73,6 +76,7 @@ def run_trial(spec: TrialSpec) -> TrialResult:
         artefact=outcome.artefact if status == "ok" else None,
         provenance=provenance(spec, attempt),
         seconds=seconds,
+        rung=outcome.rung if status == "stopped" else None,
     )
 
 
@@ -103,6 +107,7 @@ class _Outcome:
         self.stages: list[StageRun] = []
         self.measurements: list[Measurement] = []
         self.artefact: str | None = None
+        self.rung: float | None = None
 
 
 def with_sound_stages(spec: TrialSpec, bench: Workbench, use: Callable[[], T]) -> tuple[T, tuple[str, ...]]:
@@ -139,7 +144,7 @@ def workbench(spec: TrialSpec, deadline: Deadline, seconds: dict[str, float]) ->
     if device.type == "cpu":
         torch.set_num_threads(max(1, spec.cpus))
     lane = Lane(device_key(device), deadline=deadline)
-    return Workbench(spec.context, spec.seed, storage, device, lane, deadline, seconds)
+    return Workbench(spec.context, spec.seed, storage, device, lane, deadline, seconds, until=spec.until)
 
 
 def device_key(device: torch.device) -> str:
@@ -163,7 +168,11 @@ def _run(spec: TrialSpec, deadline: Deadline, outcome: _Outcome) -> None:
 
 
 def _stages_and_numbers(spec: TrialSpec, bench: Workbench, outcome: _Outcome) -> None:
-    recipe, plan = ensure_recipe(bench, spec.recipe, outcome.stages.append)
+    try:
+        recipe, plan = ensure_recipe(bench, spec.recipe, outcome.stages.append)
+    except RecoveryPaused as paused:
+        _at_rung(spec, bench, paused, outcome)
+        return
     last = plan[-1]
     answer = known_answer(bench, spec, last.key) if spec.recipe.steps else None
     if answer is not None:
@@ -175,6 +184,15 @@ def _stages_and_numbers(spec: TrialSpec, bench: Workbench, outcome: _Outcome) ->
     if recipe != spec.recipe:
         outcome.conditions["stages_of"] = recipe.to_json()
     outcome.artefact = prefix(last.key)
+
+
+def _at_rung(spec: TrialSpec, bench: Workbench, paused: RecoveryPaused, outcome: _Outcome) -> None:
+    outcome.metrics |= numbers_at_rung(bench, paused)
+    outcome.conditions |= _conditions(bench, paused.stage.key)
+    if paused.recipe != spec.recipe:
+        outcome.conditions["stages_of"] = paused.recipe.to_json()
+    _check_finite(outcome.metrics)
+    outcome.rung = paused.report.progress
 
 
 def _numbers(spec: TrialSpec, bench: Workbench, plan: tuple[Stage, ...], outcome: _Outcome) -> None:
@@ -233,11 +251,7 @@ def _twin(bench: Workbench, plan: tuple[Stage, ...], timed: Stage) -> tuple[nn.M
 def _evaluate(bench: Workbench, spec: TrialSpec, model: nn.Module, key: str, outcome: _Outcome) -> None:
     with bench.lane.shared(), bench.timed("evaluate"):
         found = evaluation.evaluate(model, bench.task.search, device=bench.device, tick=bench.tick)
-    for accuracy in found.accuracies:
-        outcome.metrics[accuracy.metric] = accuracy.pct
-        outcome.metrics[f"{accuracy.metric}_low"] = accuracy.low_pct
-        outcome.metrics[f"{accuracy.metric}_high"] = accuracy.high_pct
-    outcome.metrics |= found.more
+    outcome.metrics |= accuracy_metrics(found)
     outcome.measurements += accuracy_measurements("accuracy_search", bench, key, found)
 
 
@@ -305,7 +319,7 @@ def run_report(spec: TrialSpec) -> tuple[Measurement, ...]:
     Raises:
         ArtefactError: the trial's artefact cannot be loaded here.
     """
-    bench = workbench(replace(spec, timeout_s=None), Deadline(None), {})
+    bench = workbench(replace(spec, timeout_s=None, until=None), Deadline(None), {})
 
     def use() -> tuple[Measurement, ...]:
         last = ensure_recipe(bench, spec.recipe)[1][-1]
@@ -323,7 +337,7 @@ def run_remeasure(spec: TrialSpec) -> tuple[Measurement, ...]:
     Raises:
         ArtefactError: the trial's artefact cannot be loaded here.
     """
-    bench = workbench(replace(spec, timeout_s=None), Deadline(None), {})
+    bench = workbench(replace(spec, timeout_s=None, until=None), Deadline(None), {})
     if timed_as(spec, bench.device.type)[1].key == bench.baseline_key:
         return ()
 

@@ -17,6 +17,7 @@ SCHEMA_VERSION = 1
 
 STATUSES = (
     "ok",
+    "stopped",
     "infeasible",
     "cuda_oom",
     "host_oom",
@@ -27,7 +28,8 @@ STATUSES = (
     "storage_fault",
     "error",
 )
-"""Every way a trial can end. ``ok`` is the only success."""
+"""Every way a trial can end. ``ok`` is the only success; ``stopped`` is neither that nor a failure: the recovery training was
+paused at a rung, and whoever runs the trial again goes on from there."""
 
 INFRASTRUCTURE = frozenset({"worker_died", "node_lost", "preempted", "storage_fault"})
 """Failures that say nothing about the recipe; the only ones that are retried."""
@@ -148,6 +150,8 @@ class TrialSpec:
         timeout_s: seconds of own work before the trial counts as timed out (waiting for the lane does not count).
         cpus: threads to train with.
         gpus: GPU share that was scheduled; 0 trains on CPU.
+        until: share of the recovery training, above 0 and below 1, rounded up to whole epochs, after which it pauses and the
+            trial ends ``stopped``; None runs to the end, as does a recipe without a recovery or with a finished one.
     """
 
     study: str
@@ -161,7 +165,12 @@ class TrialSpec:
     timeout_s: float | None = None
     cpus: int = 1
     gpus: float = 0.0
+    until: float | None = None
     schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.until is not None and not 0 < self.until < 1:
+            raise ValueError(f"trial spec: until must be above 0 and below 1, or None for the end, got {self.until!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values that JSON takes; :meth:`from_dict` reads them back."""
@@ -189,12 +198,13 @@ class TrialSpec:
 
 @dataclass(frozen=True)
 class StageRun:
-    """One stage of a trial: ``kind`` is baseline, surgery, recovery or conversion."""
+    """One stage of a trial: ``kind`` is baseline, surgery, recovery or conversion; ``epochs`` were trained in this attempt."""
 
     kind: str
     key: str
     cached: bool
     duration_s: float
+    epochs: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -251,6 +261,7 @@ class TrialResult:
         provenance: versions, git commit, host, device, digests.
         seconds: where the time went: ``train``, ``evaluate``, ``measure``, ``lane_wait``, ``stage_wait``, ``other``.
         started_at: seconds since the epoch, UTC.
+        rung: share of the recovery training that was done, where the trial is ``stopped``; None otherwise.
     """
 
     trial_id: str
@@ -266,6 +277,7 @@ class TrialResult:
     artefact: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    rung: float | None = None
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:

@@ -47,6 +47,26 @@ def nondominated(values: npt.ArrayLike, directions: Sequence[str]) -> npt.NDArra
     return members
 
 
+def ranks(values: npt.ArrayLike, directions: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Returns the non-dominated rank of each point, (n,): 0 on the frontier, 1 on the frontier of the others, and so on.
+
+    Source: Deb et al., NSGA-II, IEEE Transactions on Evolutionary Computation 6(2), 2002, section III-A.
+
+    Args:
+        values: (n, m), without NaN.
+        directions: m entries.
+
+    Raises:
+        ValueError: if shape and directions do not fit, or a value is NaN.
+    """
+    points, maximise = _checked(values, directions)
+    if np.isnan(points).any():
+        raise ValueError("values: a rank needs every value, got NaN")
+    if not len(points):
+        return np.empty(0, np.int64)
+    return np.asarray(moocore.pareto_rank(points, maximise=maximise), dtype=np.int64)
+
+
 def nondominated_share(worlds: npt.ArrayLike) -> Floats:
     """Returns the share of draws in which each point is on the frontier, (n,).
 

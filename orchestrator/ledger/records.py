@@ -61,6 +61,7 @@ def _attempt_checks(row: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
     yield "started_at", isinstance(row["started_at"], int | float) and abs(row["started_at"]) < 1e11
     yield "duration_s", isinstance(row.get("duration_s", 0.0), int | float)
     yield "failure", isinstance(row.get("failure"), str | None)
+    yield "rung", isinstance(row.get("rung"), _NUMBER) and not isinstance(row.get("rung"), bool)
     yield "measurements", _are_measurements(row["measurements"])
 
 
@@ -105,6 +106,7 @@ def _is_stage(found: object) -> bool:
         isinstance(found, dict)
         and {"kind", "key", "cached"} <= found.keys()
         and isinstance(found.get("duration_s"), int | float)
+        and isinstance(found.get("epochs", 0.0), int | float)
     )
 
 

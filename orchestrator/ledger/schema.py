@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -54,6 +55,7 @@ ATTEMPTS = _schema(
         ("is_baseline", pa.bool_()),
         ("status", pa.string()),
         ("failure", pa.string()),
+        ("rung", pa.float64()),
         *((name, pa.float64()) for name in OBJECTIVES),
         *((name, pa.float64()) for name in RATIOS),
         *((name, pa.float64()) for name in BOUNDS),
@@ -67,7 +69,7 @@ ATTEMPTS = _schema(
     ],
 )
 """One row an attempt. ``number`` is Optuna's (null: not asked for by Optuna), ``techniques`` is ``a+b`` in recipe
-order, ``context`` a digest, times in UTC and seconds, objectives in the unit that their name says, null where not
+order, ``rung`` the share of the recovery training after which a ``stopped`` attempt paused (null in others), ``context`` a digest, times in UTC and seconds, objectives in the unit that their name says, null where not
 measured."""
 
 MEASUREMENTS = _schema(
@@ -128,6 +130,8 @@ def attempt_row(spec: TrialSpec, result: TrialResult, optuna: Mapping[str, Any] 
         Plain values for JSON; NaN and infinity become None.
     """
     recipe = spec.recipe
+    if result.status in ("ok", "stopped"):  # alone, without a state to go on from, it is to end where this attempt did
+        spec = replace(spec, until=result.rung)
     row = {
         "schema_version": SCHEMA_VERSION,
         "trial_id": result.trial_id,
@@ -146,7 +150,7 @@ def attempt_row(spec: TrialSpec, result: TrialResult, optuna: Mapping[str, Any] 
         "spec": spec.to_dict(),
     }
     found = result.to_dict()
-    copied = ("status", "failure", "artefact", "started_at", "duration_s", "measurements")
+    copied = ("status", "failure", "rung", "artefact", "started_at", "duration_s", "measurements")
     row |= {name: found[name] for name in (*copied, "metrics", "conditions", "stages", "seconds", "provenance")}
     return _finite(row)  # type: ignore[no-any-return]
 

@@ -48,6 +48,9 @@ def describe_trial(row: dict[str, Any], ledger: Ledger, study: str, storage: str
     yield f"trial {row['trial_id']} of {study}, seed {row['seed']}, attempt {row['attempt_id']} ({row['attempts']} in all)"
     broken = row["status"] == "ok" and not row["feasible"]
     yield f"status: {row['status']}{', breaks a constraint of the study' if broken else ''}"
+    if row["rung"] is not None:
+        yield f"  paused after {row['rung']:.1%} of its recovery training, where the metrics below were found"
+        yield f"  bring it to its end: vitpareto resume {study} --finish {row['trial_id']}{option}"
     if row["failure"]:
         yield from _folded("failure", row["failure"].splitlines()[0])
         yield f"  all of it: {this} --json"

@@ -18,7 +18,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class SamplerSection(Section):
     """``options`` go to the sampler as keyword arguments."""
 
-    name: Annotated[str, AfterValidator(sampler_name)] = "tpe"
+    name: Annotated[str, AfterValidator(sampler_name)] = "recipe"
     seed: Seed = 0
     n_startup_trials: Positive = 10
     population_size: Annotated[int, Field(ge=2)] = 50
@@ -29,6 +29,10 @@ class _Options(Section):
     """Arguments of one sampler that a file can hold; None leaves Optuna's default. Those that are functions are left out."""
 
     seed: Seed | None = None
+
+
+class _RecipeOptions(_Options):
+    n_startup_trials: Natural | None = None
 
 
 class _TpeOptions(_Options):
@@ -51,7 +55,12 @@ class _Nsga2Options(_Options):
     swapping_prob: Share | None = None
 
 
-OPTIONS: dict[str, type[_Options]] = {"tpe": _TpeOptions, "nsga2": _Nsga2Options, "random": _Options}
+OPTIONS: dict[str, type[_Options]] = {
+    "recipe": _RecipeOptions,
+    "tpe": _TpeOptions,
+    "nsga2": _Nsga2Options,
+    "random": _Options,
+}
 """The arguments of the samplers of Optuna that are known by name; a test compares them with the installed Optuna's."""
 
 

@@ -14,7 +14,7 @@ from orchestrator.study.constraints import ConstraintError, parse
 from orchestrator.study.yaml_lines import nearest
 from workers.metrics import OBJECTIVES
 
-SAMPLERS = ("tpe", "nsga2", "random")
+SAMPLERS = ("recipe", "tpe", "nsga2", "random")
 SAMPLER_GROUP = "vitpareto.samplers"
 """Entry point group through which other packages add samplers by name."""
 

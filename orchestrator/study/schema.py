@@ -15,6 +15,7 @@ from pydantic import (
 
 from orchestrator.study.constraints import Constraint, parse
 from orchestrator.study.data import VISION_LANGUAGE_KEYS, DataSection, Section
+from orchestrator.study.early_stopping import EarlyStoppingSection, rungs_of
 from orchestrator.study.model import VISION_LANGUAGE, ModelSection
 from orchestrator.study.sampler import SamplerSection
 from orchestrator.study.scalars import (
@@ -165,6 +166,7 @@ class StudyConfig(Section):
             ``{"low", "high", "step"}``. After loading, every parameter of every technique is there.
         recipes: known-good recipes, each a list of one-entry mappings technique -> complete config, in order.
         constraints: normalised texts; :meth:`parsed_constraints` has them parsed.
+        early_stopping: None where the study does not say; :attr:`rungs` has what follows.
     """
 
     name: Annotated[str, AfterValidator(study_name)]
@@ -179,6 +181,7 @@ class StudyConfig(Section):
     max_techniques: Positive = 3
     recipes: list[Annotated[list[RecipeStep], Field(min_length=1)]] = Field(default_factory=list)
     sampler: SamplerSection = SamplerSection()
+    early_stopping: EarlyStoppingSection | None = None
     seeds: Annotated[list[Seed], AfterValidator(distinct), Field(min_length=1)]
     resources: ResourcesSection = ResourcesSection()
     trials: Positive = 16
@@ -194,6 +197,16 @@ class StudyConfig(Section):
         if isinstance(values, Mapping) and "seeds" not in values:
             return {**values, "seeds": list(SEEDS[protocol(values.get("measurement"))])}
         return values
+
+    @property
+    def rungs(self) -> tuple[float, ...]:
+        """Shares of the recovery training, whole epochs, at which it is decided who goes on; none where nothing is stopped early."""
+        return rungs_of(self.early_stopping, self.training.recovery.epochs)
+
+    @property
+    def eta(self) -> float:
+        """One in so many of those that reach a rung goes on."""
+        return (self.early_stopping or EarlyStoppingSection()).eta
 
     @property
     def remeasurements(self) -> int:

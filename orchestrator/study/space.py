@@ -116,6 +116,10 @@ class SearchSpace:
             technique named, as :class:`orchestrator.study.load.StudyConfig` holds them.
         info: the model and device; techniques that cannot work there are excluded. None judges by composition only.
         max_techniques: most techniques in one recipe.
+
+    Attributes:
+        axes: technique to parameter to what it may be, of the techniques that can be drawn.
+        families: name and techniques of each, in the order in which they are asked for.
     """
 
     def __init__(
@@ -128,23 +132,30 @@ class SearchSpace:
         axes = {t: {p: axis(spec) for p, spec in parameters.items()} for t, parameters in techniques.items()}
         reasons = {t: _never_feasible(t, a, info) for t, a in axes.items()} if info else {}
         self._infeasible = {t: reason for t, reason in reasons.items() if reason}
-        self._axes = {t: a for t, a in axes.items() if t not in self._infeasible}
-        by_family = {f: tuple(t for t in self._axes if composition.family_of(t) == f) for f in composition.families()}
-        self._families = [(f, names) for f, names in by_family.items() if names]
+        self.axes = {t: a for t, a in axes.items() if t not in self._infeasible}
+        by_family = {f: tuple(t for t in self.axes if composition.family_of(t) == f) for f in composition.families()}
+        self.families = [(f, names) for f, names in by_family.items() if names]
+        self._known_options: dict[tuple[int, tuple[str, ...]], list[tuple[str, ...]]] = {}
         self._orders: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
 
-    def _legal_orders(self, names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    def legal_orders(self, names: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """Returns the orders in which these techniques, in that of their families, may stand in a recipe; none: not together."""
         if names not in self._orders:
             self._orders[names] = composition.legal_orders(names, self._model_family)
         return self._orders[names]
 
     def _options(self, index: int, drawn: tuple[str, ...]) -> list[tuple[str, ...]]:
         """Returns what family number ``index`` may add to the techniques drawn before it; the empty tuple adds none."""
-        names = self._families[index][1]
+        if (index, drawn) not in self._known_options:
+            self._known_options[index, drawn] = self._find_options(index, drawn)
+        return self._known_options[index, drawn]
+
+    def _find_options(self, index: int, drawn: tuple[str, ...]) -> list[tuple[str, ...]]:
+        names = self.families[index][1]
         room = self.max_techniques - len(drawn)
         sizes = range(min(room, len(names)) + 1)
-        options = [some for n in sizes for some in combinations(names, n) if self._legal_orders(drawn + some)]
-        must = not drawn and index == len(self._families) - 1
+        options = [some for n in sizes for some in combinations(names, n) if self.legal_orders(drawn + some)]
+        must = not drawn and index == len(self.families) - 1
         return [some for some in options if some] if must else options
 
     def sample(self, suggest: Suggest) -> Recipe:
@@ -153,17 +164,17 @@ class SearchSpace:
         Raises:
             ValueError: every technique of the study is infeasible.
         """
-        if not self._families:
+        if not self.families:
             raise ValueError(
                 "the search space is empty: " + "; ".join(f"{t}: {r}" for t, r in self._infeasible.items())
             )
         drawn: tuple[str, ...] = ()
-        for index, (family, _) in enumerate(self._families):
+        for index, (family, _) in enumerate(self.families):
             options = {"+".join(some) or NONE: some for some in self._options(index, drawn)}
             drawn += options[_choose(suggest, f"{family}|", list(options))]
-        orders = {">".join(order): order for order in self._legal_orders(drawn)}
+        orders = {">".join(order): order for order in self.legal_orders(drawn)}
         order = orders[_choose(suggest, "order|", list(orders))]
-        return Recipe(tuple(Step(t, {p: a.ask(f"{t}.{p}", suggest) for p, a in self._axes[t].items()}) for t in order))
+        return Recipe(tuple(Step(t, {p: a.ask(f"{t}.{p}", suggest) for p, a in self.axes[t].items()}) for t in order))
 
     def params_of(self, recipe: Recipe) -> dict[str, Any]:
         """Returns the answers that make :meth:`sample` yield ``recipe``.
@@ -179,7 +190,7 @@ class SearchSpace:
 
     def _sets(self, index: int = 0, drawn: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
         """Yields every set of techniques that a recipe may have."""
-        if index == len(self._families):
+        if index == len(self.families):
             if drawn:
                 yield drawn
             return
@@ -188,15 +199,15 @@ class SearchSpace:
 
     def size(self) -> int:
         """Returns the exact number of distinct recipes, those that :meth:`fault` rejects by their values included."""
-        return sum(len(self._legal_orders(s)) * math.prod(count(self._axes[t]) for t in s) for s in self._sets())
+        return sum(len(self.legal_orders(s)) * math.prod(count(self.axes[t]) for t in s) for s in self._sets())
 
     def enumerate(self) -> Iterator[Recipe]:
         """Yields every recipe once, lazily."""
-        for order in (order for drawn in self._sets() for order in self._legal_orders(drawn)):
-            axes = {(t, p): a for t in order for p, a in self._axes[t].items()}
+        for order in (order for drawn in self._sets() for order in self.legal_orders(drawn)):
+            axes = {(t, p): a for t in order for p, a in self.axes[t].items()}
             for index in range(count(axes)):
                 values = config_at(axes, index)
-                yield Recipe(tuple(Step(t, {p: values[t, p] for p in self._axes[t]}) for t in order))
+                yield Recipe(tuple(Step(t, {p: values[t, p] for p in self.axes[t]}) for t in order))
 
     def excluded(self) -> list[tuple[tuple[str, ...], str]]:
         """Returns what is never drawn and why: techniques infeasible on this model, pairs that must not be together."""
@@ -207,7 +218,7 @@ class SearchSpace:
     def hindered(self) -> list[Hindered]:
         """Returns the techniques that are searched and of which some configs are infeasible on this model."""
         info = self.info
-        found = [_hindered(name, axes, info) for name, axes in self._axes.items()] if info else []
+        found = [_hindered(name, axes, info) for name, axes in self.axes.items()] if info else []
         return [one for one in found if one]
 
     def fault(self, recipe: Recipe, info: ModelInfo | None = None) -> str | None:
@@ -232,18 +243,18 @@ class SearchSpace:
         def rejected(names: tuple[str, ...], info: ModelInfo) -> int:
             nonlocal seen
             (name, *rest), total = names, 0
-            below = math.prod(count(self._axes[t]) for t in rest)
-            for index in range(count(self._axes[name])):
+            below = math.prod(count(self.axes[t]) for t in rest)
+            for index in range(count(self.axes[name])):
                 if (seen := seen + 1) > limit:
                     raise _TooMany
-                reason, after = _judge(name, config_at(self._axes[name], index), info)
+                reason, after = _judge(name, config_at(self.axes[name], index), info)
                 total += below if reason else rejected(tuple(rest), after) if rest else 0
             return total
 
-        orders = (order for drawn in self._sets() for order in self._legal_orders(drawn))
+        orders = (order for drawn in self._sets() for order in self.legal_orders(drawn))
         try:
             return sum(
-                math.prod(count(self._axes[t]) for t in order) if _order_fault(order, info) else rejected(order, info)
+                math.prod(count(self.axes[t]) for t in order) if _order_fault(order, info) else rejected(order, info)
                 for order in orders
             )
         except _TooMany:

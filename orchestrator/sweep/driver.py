@@ -27,11 +27,12 @@ from orchestrator.study.weights import weights_notes
 from orchestrator.sweep import after_search
 from orchestrator.sweep.dashboard import leave_journal
 from orchestrator.sweep.frontier_history import write_frontier
+from orchestrator.sweep.opening import open_sweep
 from orchestrator.sweep.outcome import StudyBusy, StudyFailed, StudyRun
 from orchestrator.sweep.plan import describe_data
 from orchestrator.sweep.progress import Progress
 from orchestrator.sweep.ray_session import connection
-from orchestrator.sweep.state import RUNNER, Sweep, open_sweep
+from orchestrator.sweep.state import RUNNER, Sweep
 from orchestrator.sweep.supervision import supervise
 from orchestrator.sweep.watch import Watch
 from workers.node.identity import alive

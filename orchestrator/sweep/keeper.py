@@ -145,9 +145,9 @@ def remeasure_study(
 
 
 def _ended(ledger: Ledger) -> int:
-    """Returns how many trials have an end that is theirs, not the infrastructure's."""
+    """Returns how many attempts have an end that is theirs, not the infrastructure's: at a rung, too, a trial came further."""
     try:
-        return sum(status not in INFRASTRUCTURE for status in ledger.trials(["status"])["status"].to_pylist())
+        return sum(status not in INFRASTRUCTURE for status in ledger.attempts(["status"])["status"].to_pylist())
     except OSError:  # the driver says what is wrong with the storage
         return 0
 

@@ -30,6 +30,18 @@ def feasible(
     return found
 
 
+def best(config: StudyConfig, proposer: Proposer, baseline: Mapping[str, float] | None) -> dict[str, tuple[float, str]]:
+    """Returns objective to the best feasible value so far and the label of the recipe that has it; the baseline is none."""
+    found = feasible(config, proposer, baseline)[1:]
+    values: dict[str, tuple[float, str]] = {}
+    for name, direction in config.objectives.items():
+        pick = max if direction == "maximize" else min
+        if found:
+            label, metrics = pick(found, key=lambda point: point[1][name])
+            values[name] = (metrics[name], label)
+    return values
+
+
 def reference(config: StudyConfig, baseline: Mapping[str, float] | None) -> list[float]:
     """Returns the reference point in the objectives' own units: the study's where it gives one, else the stated one."""
     names, directions = list(config.objectives), list(config.objectives.values())

@@ -85,6 +85,7 @@ def describe(snapshot: Snapshot, *, has_baseline: bool) -> tuple[str, str, list[
         return head + "making and measuring the baseline", "", []
     head += f"{snapshot.done}/{snapshot.budget} trials, {snapshot.running} running, "
     head += f"{snapshot.waiting} waiting, " if snapshot.waiting else ""
+    head += f"{snapshot.paused} at a rung, " if snapshot.paused else ""
     head += f"failed: {format_failures(snapshot.failed)}"
     if snapshot.note:
         head += f", stopping: {snapshot.note}"

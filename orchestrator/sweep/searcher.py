@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,20 @@ from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from orchestrator.sampling.outcomes import RUNG, SECONDS
+from orchestrator.sampling.recipe_sampler import RecipeSampler
+from orchestrator.sampling.recipes import Space
+from orchestrator.sampling.suggestions import NearSuggest, RandomSuggest
 from orchestrator.study.constraints import Constraint
-from orchestrator.study.sampler import SamplerSection
-from orchestrator.study.scalars import SAMPLER_GROUP
-from orchestrator.study.space import SearchSpace
-from orchestrator.sweep.suggestions import NearSuggest, RandomSuggest
 from orchestrator.sweep.work import Proposal
 from workers.techniques import registry
 from workers.trial import INFRASTRUCTURE, Recipe
 
 RANDOM_DRAWS = 300
 """Random tries for an unseen recipe before the space is enumerated."""
+
+MODEL_TRIES = 10
+"""Asks of a sampler that does not repeat itself: what it proposed may be known under another recipe, or refused."""
 
 
 @dataclass(frozen=True)
@@ -61,33 +63,6 @@ class TrialSuggest:
 
     def floating(self, name: str, low: float, high: float, step: float) -> float:
         return self.trial.suggest_float(name, low, high, step=step)
-
-
-def make_sampler(section: SamplerSection) -> BaseSampler:
-    """Returns the sampler of a study: ``tpe``, ``nsga2``, ``random``, or one of the entry point group ``vitpareto.samplers``.
-
-    Raises:
-        ValueError: the sampler does not take the section's options.
-    """
-    own: dict[str, tuple[Callable[..., BaseSampler], dict[str, Any]]] = {
-        "tpe": (
-            optuna.samplers.TPESampler,
-            {"multivariate": True, "group": True, "constant_liar": True, "n_startup_trials": section.n_startup_trials},
-        ),
-        "nsga2": (optuna.samplers.NSGAIISampler, {"population_size": section.population_size}),
-        "random": (optuna.samplers.RandomSampler, {}),
-    }
-    if section.name in own:
-        make, settings = own[section.name]
-    else:
-        (point,) = entry_points(group=SAMPLER_GROUP, name=section.name)
-        make, settings = point.load(), {}
-    try:
-        with warnings.catch_warnings():  # multivariate, group and constant_liar are what we tested (docs/decisions)
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return make(**{"seed": section.seed, **settings, **section.options})
-    except TypeError as error:
-        raise ValueError(f"sampler.options: {section.name} does not take them: {error}") from None
 
 
 class _Entries(BaseJournalBackend):
@@ -116,19 +91,21 @@ class Proposer:
         space: where recipes come from.
         objectives: name to direction, in the order of the Optuna study's values.
         constraints: told with every finished trial; a violated one makes it infeasible, not failed.
-        sampler: see :func:`make_sampler`.
+        sampler: see :func:`orchestrator.sampling.samplers.make_sampler`.
         first: recipes to ask for before the sampler has its say.
         seed: of the random draws that replace repeated suggestions.
+        refusal: says why a recipe is not run, or None; by default whether the space can carry it out.
     """
 
     def __init__(
         self,
-        space: SearchSpace,
+        space: Space,
         objectives: Mapping[str, str],
         constraints: Sequence[Constraint],
         sampler: BaseSampler,
         first: Sequence[Recipe] = (),
         seed: int = 0,
+        refusal: Callable[[Recipe], str | None] | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.space = space
@@ -136,6 +113,7 @@ class Proposer:
         self.study = optuna.create_study(
             directions=[StudyDirection[d.upper()] for d in objectives.values()], sampler=sampler
         )
+        self.refusal = refusal or space.fault
         self.first = list(first)
         self.outcomes: dict[str, Mapping[str, float] | None] = {}
         self.open: dict[int, Proposal] = {}
@@ -159,13 +137,12 @@ class Proposer:
         if self._again:
             return self._again.pop(0), []
         answered: list[dict[str, Any]] = []
-        while True:
-            enqueued = self._enqueue_first()
+        patience = MODEL_TRIES if isinstance(self.study.sampler, RecipeSampler) else 1
+        while patience:
+            patience -= not self._enqueue_first()
             proposal = self._ask_once(answered)
             if proposal is not None:
                 return proposal, answered
-            if not enqueued:
-                break
         unseen = self._unseen(answered[-1]["params"])
         if unseen is None:
             return None, answered
@@ -204,7 +181,7 @@ class Proposer:
             self.study.tell(trial.number, state=TrialState.FAIL)
             answered.append({**proposal.state, "running": True})
             return None
-        reason = self.space.fault(recipe)
+        reason = self.refusal(recipe)
         if reason:
             self.rejected.append((recipe, reason))
             self.outcomes[recipe.hash] = None
@@ -250,7 +227,7 @@ class Proposer:
         return next(unseen, None)
 
     def _possible(self, recipe: Recipe) -> bool:
-        return self.space.fault(recipe) is None
+        return self.refusal(recipe) is None
 
     def _state(self, number: int, recipe: Recipe) -> dict[str, Any]:
         frozen = self._frozen(number)
@@ -267,13 +244,23 @@ class Proposer:
 
     # --- tell ---------------------------------------------------------------------------------------------------------
 
-    def tell(self, number: int, statuses: Sequence[str], metrics: Sequence[Mapping[str, float]]) -> None:
+    def tell(
+        self,
+        number: int,
+        statuses: Sequence[str],
+        metrics: Sequence[Mapping[str, float]],
+        seconds: Mapping[str, float] | None = None,
+    ) -> None:
         """Tells Optuna how a proposal ended: one status and one mapping of metrics a seed.
+
+        ``seconds`` are those of work that went into it: ``train`` and ``all``.
 
         All seeds ok: the means of the metrics. A deterministic failure: pruned. An infrastructure failure: failed, which
         samplers ignore; this process does not ask for the recipe again, the next one does (see :meth:`restore`).
         """
         proposal = self.open.pop(number)
+        if seconds is not None:
+            Trial(self.study, self._frozen(number)._trial_id).set_user_attr(SECONDS, dict(seconds))
         if all(status == "ok" for status in statuses):
             outcome = {k: sum(m[k] for m in metrics) / len(metrics) for k in metrics[0] if all(k in m for m in metrics)}
             told = outcome if self.objectives.keys() <= outcome.keys() else None  # of a row that was not written here
@@ -284,6 +271,17 @@ class Proposer:
                 self.study.tell(one, state=TrialState.FAIL)
         else:
             self._answer(number, proposal.recipe.hash, None)
+
+    def pause(self, number: int, fraction: float, metrics: Mapping[str, float]) -> None:
+        """Takes that a proposal stands at a rung of its training: its trial goes on running, with what is known of it.
+
+        Args:
+            fraction: of the training that is done.
+            metrics: found there, the means over its seeds.
+        """
+        self._again = [proposal for proposal in self._again if proposal.number != number]
+        known = {"fraction": fraction, "metrics": dict(metrics), "violations": self._violations(metrics)}
+        self.study._storage.set_trial_system_attr(self._frozen(number)._trial_id, RUNG, known)
 
     def _answer(self, number: int, recipe: str, outcome: Mapping[str, float] | None) -> None:
         """Tells a proposal, and the duplicates of it that wait for the same answer."""
@@ -302,12 +300,16 @@ class Proposer:
         self.study.tell(number, [outcome[name] for name in self.objectives])
 
     def _violations(self, outcome: Mapping[str, float]) -> dict[str, float]:
-        return {str(c): c.violation(outcome) for c in self.constraints}
+        known = [c for c in self.constraints if c.metric in outcome]  # at a rung not all are
+        return {str(c): c.violation(outcome) for c in known}
 
     # --- rebuild ------------------------------------------------------------------------------------------------------
 
     def restore(
-        self, asks: Sequence[Mapping[str, Any]], outcomes: Mapping[int, tuple[list[str], list[dict[str, float]]]]
+        self,
+        asks: Sequence[Mapping[str, Any]],
+        outcomes: Mapping[int, tuple[list[str], list[dict[str, float]]]],
+        spent: Mapping[int, Mapping[str, float]] | None = None,
     ) -> None:
         """Rebuilds the Optuna study from what was asked and how it ended.
 
@@ -315,6 +317,7 @@ class Proposer:
             asks: the ``state`` of every proposal and duplicate, with ``rejected``/``duplicate``/``running`` where they were.
             outcomes: number to (statuses, metrics) of the proposals that ended; the others are asked for again, under
                 the same number and with the same parameters.
+            spent: number to the seconds of work that went into a proposal.
         """
         by_number = {int(a["number"]): a for a in asks}
         for kept in asks:
@@ -343,7 +346,7 @@ class Proposer:
             else:
                 self.open[number] = Proposal(number, recipe, ask)
                 if number in outcomes:
-                    self.tell(number, *outcomes[number])
+                    self.tell(number, *outcomes[number], (spent or {}).get(number))
         self._again = list(self.open.values())
 
     def _add(self, ask: Mapping[str, Any]) -> bool:

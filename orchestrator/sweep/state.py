@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, TypeVar, cast
 
 from orchestrator.ledger import Ledger, LedgerError, attempt_row
+from orchestrator.ledger.spent import NOTHING, Spent, add
+from orchestrator.ledger.stopped import STOPPED, rungs
 from orchestrator.study import constraints
 from orchestrator.study.constraints import DROPS
 from orchestrator.study.schema import StudyConfig
-from orchestrator.study.space import SearchSpace
 from orchestrator.sweep import points
-from orchestrator.sweep.searcher import Proposer, make_sampler
+from orchestrator.sweep.halving import Halving
+from orchestrator.sweep.losses import lost_trial
+from orchestrator.sweep.searcher import Proposer
 from orchestrator.sweep.work import Snapshot, Work
-from workers.model_info import ModelInfo
 from workers.node.lease import Lease
 from workers.node.storage_faults import in_a_line
-from workers.trial import INFRASTRUCTURE, Context, Recipe, TrialResult, TrialSpec, trial_id
+from workers.stages.graph import recovery_key
+from workers.trial import INFRASTRUCTURE, Context, Recipe, TrialSpec, trial_id
 
 RUNNER = "workers.run:run_trial"
 
@@ -52,7 +55,7 @@ def _pauses(method: F) -> F:
 
 @dataclass
 class Sweep:
-    """A study on its way. Make one with :func:`open_sweep`.
+    """A study on its way. Make one with :func:`orchestrator.sweep.opening.open_sweep`.
 
     Attributes:
         rows: trial id to (status, metrics) of accepted attempts in this context.
@@ -60,14 +63,19 @@ class Sweep:
         stopping: None, or why nothing more is issued.
         paused: it stopped because of the storage; nothing that needs it is tried any more.
         forgiven: attempts that do not count, because what they failed at is asked again.
+        resumed: numbers of the proposals that were in flight, or at a rung, when the sweep was opened.
         lease: of the study; while it is not secure nothing is issued. None where nobody else can be there.
         waiting: trials that waited for the lane, or for another's stage, when the marks were last read.
+        halving: which proposals stand at a rung of their recovery training, and which of these go on.
+        spent: trial id to the seconds that its attempts took.
+        ended_works: how many works have come back, whatever became of them.
     """
 
     config: StudyConfig
     context: Context
     ledger: Ledger
     proposer: Proposer
+    halving: Halving
     versions: Mapping[str, int]
     storage_url: str
     token: str
@@ -83,19 +91,23 @@ class Sweep:
     waiting: frozenset[str] = frozenset()
     issued: int = 0
     done_before: int = 0
+    ended_works: int = 0
+    spent: dict[str, Spent] = field(default_factory=dict)
     lost_count: Counter[str] = field(default_factory=Counter)
     lease: Lease | None = None
+    resumed: set[int] = field(default_factory=set)
     _retry: list[Work] = field(default_factory=list)
     _faults: int = 0
     _not_before: float = 0.0
-    _resumed: set[int] = field(default_factory=set)
 
     # --- issue --------------------------------------------------------------------------------------------------------
 
     @property
     def finished(self) -> bool:
         """Nothing is in flight and nothing more will be issued."""
-        return not self.open and self._no_more() and (not self._retry or self.stopping is not None)
+        if self.open or not self._no_more():
+            return False
+        return self.stopping is not None or not (self._retry or self.halving.next(closing=True))
 
     def _no_more(self) -> bool:
         limit = self.config.budget.time
@@ -117,10 +129,15 @@ class Sweep:
             return self._issue(self._retry.pop(0))
         if self.baseline is None:
             return None if self.open else self._issue(self._baseline_work())
+        over = self._no_more()  # which may be for want of time
+        if self.stopping is None and (work := self._go_on(closing=over)) is not None:
+            return self._issue(work)
         while not self._no_more():
             work = self._propose()
             if work is not None:
                 return self._issue(work)
+        if self.finished and self.stopping is None:
+            self.close()
         return None
 
     def _issue(self, work: Work) -> Work:
@@ -134,6 +151,26 @@ class Sweep:
     def _baseline_work(self) -> Work:
         return Work(None, Recipe(), (self.baseline_spec(),), None)
 
+    def _go_on(self, *, closing: bool) -> Work | None:
+        """Returns the work of a proposal that stood at a rung, None where none is to go on now."""
+        while (found := self.halving.next(closing=closing)) is not None:
+            number, until = found
+            self.halving.take(number)
+            proposal = self.proposer.open[number]
+            if number in self.resumed:
+                self.rows |= self.known([s.trial_id for s in self.specs(proposal.recipe)])
+            specs = self._to_do(self.specs(proposal.recipe, until))
+            if specs:
+                return Work(number, proposal.recipe, specs, dict(proposal.state))
+            self._settle(number, proposal.recipe)
+        return None
+
+    def close(self) -> None:
+        """Tells Optuna of the proposals that stand at a rung when nothing goes on any more that they are stopped there."""
+        for number in sorted(self.halving.waiting):
+            self.halving.take(number)
+            self._tell(number, self.proposer.open[number].recipe)
+
     def _propose(self) -> Work | None:
         """Asks once; None if the space is exhausted or the answer was in the ledger already."""
         proposal, answered = self.proposer.ask()
@@ -142,35 +179,44 @@ class Sweep:
         if proposal is None:
             self.exhausted = True
             return None
-        if proposal.number in self._resumed:  # a process that outlived its killed driver may have finished it since
-            self.rows |= self._known([s.trial_id for s in self.specs(proposal.recipe)])
-        specs = self._to_do(self.specs(proposal.recipe))
+        if proposal.number in self.resumed:  # a process that outlived its killed driver may have finished it since
+            self.rows |= self.known([s.trial_id for s in self.specs(proposal.recipe)])
+        specs = self._to_do(self.specs(proposal.recipe, self.halving.first))
         self.ledger.write_ask(
             self.context.digest, proposal.number, {**proposal.state, "specs": [s.to_dict() for s in specs]}
         )
         self.issued += 1
         if not specs:
-            self._tell(proposal.number, proposal.recipe)
+            self._settle(proposal.number, proposal.recipe)
             return None
         return Work(proposal.number, proposal.recipe, specs, dict(proposal.state))
 
     def _to_do(self, specs: Sequence[TrialSpec]) -> tuple[TrialSpec, ...]:
         """Returns those of a recipe's trials that are left to run: none after a failure that says something about it."""
         statuses = [self.rows[s.trial_id][0] if s.trial_id in self.rows else None for s in specs]
-        if any(status not in {None, "ok", *INFRASTRUCTURE} for status in statuses):
+        if any(status not in {None, "ok", STOPPED, *INFRASTRUCTURE} for status in statuses):
             return ()
-        return tuple(s for s, status in zip(specs, statuses, strict=True) if status != "ok")
+        return tuple(s for s, status in zip(specs, statuses, strict=True) if status != "ok" and not self._is_there(s))
 
-    def _known(self, trials: Sequence[str] | None) -> dict[str, tuple[str, dict[str, float]]]:
-        """Accepted outcomes in the ledger (None: all of this context) that say something about their recipe."""
+    def _is_there(self, spec: TrialSpec) -> bool:
+        """Says whether a trial stands at the rung that it is to be trained to, or behind it."""
+        return spec.until is not None and self.halving.reached(spec.trial_id) >= spec.until
+
+    def known(self, trials: Sequence[str] | None) -> dict[str, tuple[str, dict[str, float]]]:
+        """Returns accepted outcomes in the ledger (None: all of this context) that say something about their recipe; what stood at
+        a rung when its worker was lost stands there."""
         found = self.ledger.outcomes(self.context.digest, trials, without=self.forgiven)
-        return {t: (s, m) for t, (s, m) in found.items() if s not in INFRASTRUCTURE}
+        known = {t: (s, m) for t, (s, m) in found.items() if s not in INFRASTRUCTURE}
+        for trial, seen in rungs(self.ledger, self.context.digest, trials).items():
+            self.halving.see(trial, seen)
+            known.setdefault(trial, (STOPPED, seen[max(seen)]))
+        return known
 
-    def specs(self, recipe: Recipe) -> list[TrialSpec]:
-        """Returns the trials of a recipe, one a seed."""
-        return [self._spec(recipe, seed) for seed in self.config.seeds]
+    def specs(self, recipe: Recipe, until: float | None = None) -> list[TrialSpec]:
+        """Returns the trials of a recipe, one a seed; ``until`` a share of its recovery training."""
+        return [self._spec(recipe, seed, until) for seed in self.config.seeds]
 
-    def _spec(self, recipe: Recipe, seed: int) -> TrialSpec:
+    def _spec(self, recipe: Recipe, seed: int, until: float | None = None) -> TrialSpec:
         named = [c.metric for c in self.config.parsed_constraints()]
         wanted = [*self.config.objectives, *(DROPS.get(m, m.removesuffix("_ratio")) for m in named)]
         identity = trial_id(recipe, seed, self.context, self.versions)
@@ -186,6 +232,7 @@ class Sweep:
             timeout_s=self.config.budget.trial_timeout,
             cpus=self.config.resources.cpus,
             gpus=self.config.resources.gpus,
+            until=until,
         )
 
     # --- take back ----------------------------------------------------------------------------------------------------
@@ -194,8 +241,12 @@ class Sweep:
     def ended(self, work: Work, outcomes: Sequence[Mapping[str, Any]]) -> None:
         """Takes what the trainable reported: the attempts are in the ledger already, unless the storage was at fault."""
         self.open.pop(_key(work), None)
+        self.ended_works += 1
         for outcome in outcomes:
             self.rows[outcome["trial_id"]] = (outcome["status"], dict(outcome["metrics"]))
+            add(self.spent, outcome["trial_id"], outcome.get("spent") or NOTHING)
+            if outcome["status"] == STOPPED:
+                self.halving.see(outcome["trial_id"], {outcome["rung"]: outcome["metrics"]})
         last = outcomes[-1] if outcomes else {}
         if last.get("status") == "storage_fault":
             self._lost(work, "storage_fault", str(last.get("failure")), recorded=bool(last.get("written", True)))
@@ -217,19 +268,49 @@ class Sweep:
 
     def _end(self, work: Work) -> None:
         if work.number is not None:
-            self._tell(work.number, work.recipe)
+            self._settle(work.number, work.recipe)
             return
         status, metrics = self.rows[work.specs[0].trial_id]
         if status == "ok":
             self.baseline, self.baseline_at = metrics, time.monotonic()
+            self.halving.baseline = metrics
         else:
             self.stopping = f"the baseline failed ({status})"
 
+    def _settle(self, number: int, recipe: Recipe) -> None:
+        """Tells Optuna how a proposal ended, or that it stands at a rung."""
+        if stands_at_rung(self.rows, [s.trial_id for s in self.specs(recipe)]):
+            self.rest(number, recipe)
+        else:
+            self._tell(number, recipe)
+            self.remember(number, recipe)
+
+    def rest(self, number: int, recipe: Recipe) -> None:
+        """Takes that a proposal stands at a rung."""
+        share, metrics = self.halving.rest(number, recipe.hash, *self._training(recipe))
+        self.proposer.pause(number, share, self.derived(metrics))
+
+    def remember(self, number: int, recipe: Recipe) -> None:
+        """Takes for later decisions what is known of a proposal that has ended."""
+        self.halving.remember(number, recipe.hash, *self._training(recipe))
+
+    def _training(self, recipe: Recipe) -> tuple[list[str], str | None]:
+        """Returns the trials of a recipe and the key of their first one's recovery training."""
+        specs = self.specs(recipe)
+        return [s.trial_id for s in specs], recovery_key(recipe, specs[0].seed, self.context)
+
     def _tell(self, number: int, recipe: Recipe) -> None:
         found = [self.rows[s.trial_id] for s in self.specs(recipe) if s.trial_id in self.rows]
-        self.proposer.tell(number, [status for status, _ in found], [self._derived(m) for _, m in found])
+        metrics = [self.derived(m) for _, m in found]
+        self.proposer.tell(number, [status for status, _ in found], metrics, self.spent_on(recipe))
 
-    def _derived(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def spent_on(self, recipe: Recipe) -> dict[str, float] | None:
+        """Returns the seconds of work that went into a recipe, all its seeds together; None where none are known."""
+        found = [self.spent[s.trial_id] for s in self.specs(recipe) if s.trial_id in self.spent]
+        return {name: sum(one[name] for one in found) for name in NOTHING} if found else None
+
+    def derived(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Returns metrics with what follows from the baseline's: drops and ratios."""
         return constraints.derived(metrics, self.baseline or {})
 
     @_pauses
@@ -240,6 +321,7 @@ class Sweep:
         Where the storage was at fault each time, the study pauses: the same would befall whatever is issued next.
         """
         self.open.pop(_key(work), None)
+        self.ended_works += 1
         self._lost(work, status, reason, recorded=False)
 
     def _lost(self, work: Work, status: str, reason: str, *, recorded: bool) -> None:
@@ -272,7 +354,7 @@ class Sweep:
 
     def _left(self, work: Work) -> tuple[TrialSpec, ...]:
         """Takes what the lost worker of ``work`` still wrote; returns the specs that are left to do."""
-        self.rows |= self._known([s.trial_id for s in work.specs])
+        self.rows |= self.known([s.trial_id for s in work.specs])
         return self._to_do(work.specs)
 
     @_pauses
@@ -293,18 +375,7 @@ class Sweep:
             self.again(work)
 
     def _record_loss(self, spec: TrialSpec, status: str, reason: str, state: Mapping[str, Any] | None) -> None:
-        seen = self.ledger.running().get(spec.trial_id, {})
-        started = float(seen.get("started_at", time.time()))
-        result = TrialResult(
-            trial_id=spec.trial_id,
-            attempt_id=f"{status}-{time.time_ns():x}",
-            status=status,
-            failure=reason,
-            metrics={},
-            started_at=started,
-            duration_s=max(0.0, time.time() - started),
-            provenance={"host": seen.get("host"), "pid": seen.get("pid"), "context": self.context.digest},
-        )
+        result = lost_trial(spec, status, reason, self.ledger.running().get(spec.trial_id, {}))
         self.ledger.write_attempt(attempt_row(spec, result, state))
         self.rows[spec.trial_id] = (status, {})
 
@@ -313,13 +384,6 @@ class Sweep:
     def snapshot(self) -> Snapshot:
         """Returns the progress as of now."""
         ended = [status for trial, (status, _) in self.rows.items() if trial not in self._open_trials()]
-        best: dict[str, tuple[float, str]] = {}
-        found = points.feasible(self.config, self.proposer, self.baseline)[1:]
-        for name, direction in self.config.objectives.items():
-            pick = max if direction == "maximize" else min
-            if found:
-                label, metrics = pick(found, key=lambda p: p[1][name])
-                best[name] = (metrics[name], label)
         done = self.issued - len([w for w in [*self.open.values(), *self._retry] if w.number is not None])
         elapsed = time.monotonic() - self.started
         here = done - self.done_before
@@ -327,7 +391,7 @@ class Sweep:
         left = spent / here * (self.config.trials - done) if here > 0 else None
         if left is not None and self.config.budget.time is not None:
             left = min(left, max(0.0, self.config.budget.time - elapsed))
-        failed = Counter(s for s in ended if s != "ok")
+        failed = Counter(s for s in ended if s not in ("ok", STOPPED))
         waiting = sum(any(s.trial_id in self.waiting for s in work.specs) for work in self.open.values())
         return Snapshot(
             done,
@@ -335,11 +399,12 @@ class Sweep:
             len(self.open) - waiting,
             waiting,
             failed,
-            best,
+            points.best(self.config, self.proposer, self.baseline),
             points.hypervolume(self.config, self.proposer, self.baseline),
             elapsed,
             left,
             self.stopping or "",
+            ended.count(STOPPED),
         )
 
     def _open_trials(self) -> set[str]:
@@ -350,51 +415,7 @@ def _key(work: Work) -> str:
     return "baseline" if work.number is None else str(work.number)
 
 
-def open_sweep(
-    config: StudyConfig,
-    context: Context,
-    info: ModelInfo,
-    ledger: Ledger,
-    *,
-    storage_url: str,
-    token: str,
-    versions: Mapping[str, int],
-    retry: Collection[str] = (),
-) -> Sweep:
-    """Builds the sweep of a study from its ledger: what ended is told to Optuna, what was in flight is issued again.
-
-    Trials that ended in an infrastructure failure are in flight as well: they say nothing about their recipe. So are those
-    that ended in a failure of a class in ``retry``.
-    """
-    space = SearchSpace(config.techniques, info, max_techniques=config.max_techniques)
-    sampler = make_sampler(config.sampler)
-    proposer = Proposer(
-        space,
-        config.objectives,
-        config.parsed_constraints(),
-        sampler,
-        first=config.known_good(),
-        seed=config.sampler.seed,
-    )
-    sweep = Sweep(config, context, ledger, proposer, versions, storage_url, token)
-    if retry:
-        sweep.forgiven = ledger.accepted_attempts(context.digest, retry)
-    known = sweep.rows = sweep._known(None)
-    base = sweep.baseline_spec().trial_id
-    if known.get(base, ("",))[0] == "ok":
-        sweep.baseline = dict(known[base][1])
-    asks = ledger.asks(context.digest)
-    outcomes: dict[int, tuple[list[str], list[dict[str, float]]]] = {}
-    for ask in asks:
-        if "specs" not in ask:
-            continue
-        sweep.issued += 1
-        ids = [s.trial_id for s in sweep.specs(Recipe.from_json(ask["recipe"]))]
-        found = [known[i] for i in ids if i in known]
-        if len(found) == len(ids) or any(status != "ok" for status, _ in found):
-            outcomes[int(ask["number"])] = ([s for s, _ in found], [sweep._derived(m) for _, m in found])
-    proposer.restore(asks, outcomes)
-    sweep._resumed = set(proposer.open)
-    sweep.issued -= len(proposer.open)  # they are issued, and counted, once more
-    sweep.done_before = sweep.issued
-    return sweep
+def stands_at_rung(rows: Mapping[str, tuple[str, Mapping[str, float]]], trials: Sequence[str]) -> bool:
+    """Says whether a recipe with these trials stands at a rung: none has failed, none is missing, and not all are at their end."""
+    statuses = {rows[trial][0] if trial in rows else None for trial in trials}
+    return STOPPED in statuses and statuses <= {"ok", STOPPED}

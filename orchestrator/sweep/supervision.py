@@ -53,7 +53,7 @@ def supervise(
     """
     fruitless, one_at_a_time, nodes = 0, False, Nodes(sweep)
     while not sweep.finished or (runner == RUNNER and not sweep.paused and after_search.unreported(sweep)):
-        before = len(sweep.rows)
+        before = sweep.ended_works
         with connection(sweep.config, address, watch):
             if address is not None:  # a local Ray is on this machine alone
                 nodes.ask_all()
@@ -64,7 +64,7 @@ def supervise(
                     _after_the_search(sweep, progress, nodes, watch)
                 return
         one_at_a_time = not _blame(sweep, broken)
-        fruitless = 0 if len(sweep.rows) > before else fruitless + 1
+        fruitless = 0 if sweep.ended_works > before else fruitless + 1
         log.warning("the Tune run broke down (%s); going on from the ledger", type(broken).__name__)
         if fruitless >= RESTARTS_WITHOUT_PROGRESS:
             raise StudyFailed(f"the Tune run broke down {fruitless} times without a trial ending: {broken}") from broken
@@ -185,7 +185,7 @@ class Supervisor(_NotPickled, tune.Callback):
         self.sweep, self.searcher, self.progress, self.nodes, self.watch = sweep, searcher, progress, nodes, watch
         self.lease = lease
         self._drawn = self._looked = time.monotonic()
-        self._rows = 0
+        self._works = 0
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A worker is gone (a trial itself never raises): records why and lets the sweep decide about a retry."""
@@ -217,8 +217,8 @@ class Supervisor(_NotPickled, tune.Callback):
         now = time.monotonic()
         if not secure or now - self._drawn <= FRONTIER_S:
             return
-        if len(self.sweep.rows) != self._rows and self.sweep.baseline is not None:
-            self._drawn, self._rows = now, len(self.sweep.rows)
+        if self.sweep.ended_works != self._works and self.sweep.baseline is not None:
+            self._drawn, self._works = now, self.sweep.ended_works
             try:
                 write_frontier(self.sweep)
             except (OSError, LedgerError) as error:

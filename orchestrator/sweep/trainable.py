@@ -18,6 +18,7 @@ import ray
 from ray import tune
 
 from orchestrator.ledger import Ledger, attempt_row
+from orchestrator.ledger.spent import spent
 from orchestrator.sweep.worker_failures import blind_words
 from workers.node.deadline import waiting_s
 from workers.node.identity import identity
@@ -41,8 +42,8 @@ def run_specs(work: Mapping[str, Any]) -> list[dict[str, Any]]:
             function that runs a spec; ``workers.run:run_trial``).
 
     Returns:
-        ``{"trial_id", "status", "metrics"}`` for each spec, in order. Work stops at the first seed that is not ok. A fault of
-        the storage also has its ``failure``, and says in ``written`` whether its attempt could be written all the same. Where the
+        ``{"trial_id", "status", "metrics"}`` for each spec, in order; where it is stopped also the ``rung``. Work ends at the
+        first seed that fails. A fault of the storage also has its ``failure``, and says in ``written`` whether its attempt could be written all the same. Where the
         trial's stages are those of another recipe, ``stages_of`` is that.
 
     Raises:
@@ -55,7 +56,7 @@ def run_specs(work: Mapping[str, Any]) -> list[dict[str, Any]]:
         spec = TrialSpec.from_dict(values)
         outcome = _run_one(spec, runner, work["optuna"])
         outcomes.append(outcome)
-        if outcome["status"] != "ok":
+        if outcome["status"] not in ("ok", "stopped"):
             break
     return outcomes
 
@@ -76,7 +77,11 @@ def _run_one(spec: TrialSpec, runner: Callable[[TrialSpec], TrialResult], optuna
         first = result.failure if result is not None and result.status == "storage_fault" else None
         failure = first or f"{type(error).__name__}: {in_a_line(error)}"
         return _outcome(spec, "storage_fault", {}) | {"failure": failure, "written": False}
-    said: dict[str, Any] = {"failure": result.failure, "written": True} if result.status == "storage_fault" else {}
+    said: dict[str, Any] = {"spent": spent(result.to_dict())}
+    if result.status == "storage_fault":
+        said |= {"failure": result.failure, "written": True}
+    if result.rung is not None:
+        said["rung"] = result.rung
     if "stages_of" in result.conditions:
         said["stages_of"] = result.conditions["stages_of"]
     return _outcome(spec, result.status, result.metrics) | said

@@ -35,7 +35,7 @@ class Work:
 
 @dataclass
 class Snapshot:
-    """What a person wants to know while a study runs."""
+    """What a person wants to know while a study runs; ``paused`` are trials that stand at a rung, which count as done."""
 
     done: int
     budget: int
@@ -47,3 +47,4 @@ class Snapshot:
     elapsed_s: float
     left_s: float | None
     note: str = ""
+    paused: int = 0

@@ -23,7 +23,7 @@ from orchestrator.report.sentences import verdict
 from orchestrator.study.constraints import DROPS, METRICS, derived, parse
 from orchestrator.study.load import load_study
 from orchestrator.study.schema import model_info
-from orchestrator.sweep.state import open_sweep
+from orchestrator.sweep.opening import open_sweep
 from orchestrator.words.units import unit_of
 from tests.ledger_rows import STUDY, make_row
 from tests.measured import record

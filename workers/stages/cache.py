@@ -14,8 +14,9 @@ from workers import artefact
 from workers.node.lease import Lease, LeaseLost, acquire
 from workers.stages.equal import standing_for
 from workers.stages.graph import Stage, compile_recipe, prefix
-from workers.stages.runners import RUNNERS
+from workers.stages.runners import RUNNERS, RecoveryPaused
 from workers.stages.workbench import Workbench
+from workers.training.loop import TrainingReport
 from workers.trial import Recipe, StageRun
 
 log = logging.getLogger("vitpareto")
@@ -34,6 +35,7 @@ def ensure_recipe(
 
     Raises:
         Infeasible: the recipe cannot be built on this model and device.
+        RecoveryPaused: its training stands where the bench's ``until`` says.
     """
     stages = compile_recipe(recipe, bench.seed, bench.context)
     cut = next((i for i, stage in enumerate(stages, 1) if stage.kind == "surgery"), len(stages))
@@ -43,7 +45,12 @@ def ensure_recipe(
     if first != recipe:  # its surgery too: it may have been damaged since
         stages, cut = compile_recipe(first, bench.seed, bench.context), 1
     for stage in stages[cut:]:
-        note(ensure(bench, stage))
+        try:
+            note(ensure(bench, stage))
+        except RecoveryPaused as paused:
+            note(paused.run)
+            paused.recipe, paused.plan = first, stages
+            raise
     return first, stages
 
 
@@ -58,13 +65,26 @@ def ensure(bench: Workbench, stage: Stage) -> StageRun:
         if lease is None:
             return StageRun(stage.kind, stage.key, True, time.monotonic() - start)
         try:
+            report, paused = None, None
             with lease, bench.holding(lease):
                 if not bench.is_done(stage.key):
-                    RUNNERS[stage.kind](bench, stage)
-            return StageRun(stage.kind, stage.key, False, time.monotonic() - start)
+                    report, paused = _run(bench, stage)
+            epochs = 0.0 if report is None else report.own_epochs
+            run = StageRun(stage.kind, stage.key, False, time.monotonic() - start, epochs)
+            if paused is None:
+                return run
+            paused.run = run  # only now: its lease is given back as after any other end
+            raise paused
         except LeaseLost as error:
             log.warning("stage %s: %s; taking the successor's result", stage.kind, error)
             bench.remove_start(stage, lease.generation)
+
+
+def _run(bench: Workbench, stage: Stage) -> tuple[TrainingReport | None, RecoveryPaused | None]:
+    try:
+        return RUNNERS[stage.kind](bench, stage), None
+    except RecoveryPaused as paused:
+        return paused.report, paused
 
 
 def _wait_for(bench: Workbench, stage: Stage) -> Lease | None:

@@ -61,6 +61,11 @@ def compile_recipe(recipe: Recipe, seed: int, context: Context) -> tuple[Stage, 
     return tuple(stages)
 
 
+def recovery_key(recipe: Recipe, seed: int, context: Context) -> str | None:
+    """Returns the key of the recovery training of ``recipe``, None where it needs none."""
+    return next((stage.key for stage in compile_recipe(recipe, seed, context) if stage.kind == "recovery"), None)
+
+
 def resolve(steps: tuple[Step, ...] | list[Step]) -> list[tuple[Technique, Any]]:
     """Returns (technique, config object) for every step."""
     known = registry()

@@ -18,20 +18,51 @@ from workers.stages.graph import Infeasible, Stage, prefix, resolve
 from workers.stages.workbench import Workbench
 from workers.techniques.record import Applied, Technique
 from workers.training import loop
+from workers.training.loop import TrainingReport
 from workers.training.settings import TrainingSettings
+from workers.trial import Recipe, StageRun
 
 
-def _run_baseline(bench: Workbench, stage: Stage) -> None:
+class RecoveryPaused(Exception):
+    """A recovery training stands at a rung. No failure: it is raised past what would follow the end of the training.
+
+    Attributes:
+        stage: whose training it is.
+        model: as the training would hand it over if it ended there, finalised; description: of the model before compression;
+            records: of its steps.
+        report: of the training.
+        run: what this attempt did of the stage, once its lease is given back; recipe, plan: what the stages belong to, and all of
+            them, as of :func:`workers.stages.cache.ensure_recipe`.
+    """
+
+    run: StageRun
+    recipe: Recipe
+    plan: tuple[Stage, ...]
+
+    def __init__(
+        self,
+        stage: Stage,
+        model: nn.Module,
+        description: Mapping[str, Any],
+        records: list[dict[str, Any]],
+        report: TrainingReport,
+    ) -> None:
+        self.stage, self.model, self.description, self.records = stage, model, description, records
+        self.report = report
+        super().__init__(f"paused after {report.progress:.1%} of the recovery training")
+
+
+def _run_baseline(bench: Workbench, stage: Stage) -> TrainingReport | None:
     context = bench.context
     info = bench.task.info
     settings = context.training["baseline"]
     torch.manual_seed(settings.get("seed", 0))
     counted = isinstance(context.data.get("answers", 0), int)  # not a file of answers
     model = models.build(context.model, info, counted_answers=counted).to(bench.device)
-    checkpoints = bench.checkpoints(stage)
+    checkpoints, report = bench.checkpoints(stage), None
     if context.model.get("train"):
         with bench.timed("train"), bench.lane.shared():
-            loop.train(
+            report = loop.train(
                 model,
                 bench.task.train,
                 settings,
@@ -43,6 +74,7 @@ def _run_baseline(bench: Workbench, stage: Stage) -> None:
             )
     bench.save(stage, model, models.describe(context.model, info), [])
     checkpoints.clear()
+    return report
 
 
 def _run_surgery(bench: Workbench, stage: Stage) -> None:
@@ -52,14 +84,19 @@ def _run_surgery(bench: Workbench, stage: Stage) -> None:
     bench.save(stage, model, manifest["model"], [*manifest["steps"], *resolved])
 
 
-def _run_recovery(bench: Workbench, stage: Stage) -> None:
+def _run_recovery(bench: Workbench, stage: Stage) -> TrainingReport:
+    """Trains to the end, or to the bench's ``until``.
+
+    Raises:
+        RecoveryPaused: it stands there; its state is kept.
+    """
     model, manifest = _parent(bench, stage)
     steps = resolve(stage.steps)
     settings = bench.context.training["recovery"]
     logits, teacher = _teacher(bench, steps, settings)
     checkpoints = bench.checkpoints(stage)
     with bench.timed("train"), bench.lane.shared():
-        loop.train(
+        report = loop.train(
             model,
             bench.task.train,
             settings,
@@ -71,23 +108,37 @@ def _run_recovery(bench: Workbench, stage: Stage) -> None:
             validation=bench.task.search,
             checkpoints=checkpoints,
             tick=bench.tick,
+            until=bench.until,
         )
     records = [dict(r) for r in manifest["steps"]]
     for record, (technique, config) in zip(records[-len(steps) :], steps, strict=True):
         if technique.finalise is not None:
             record["resolved"] = {**record["resolved"], **technique.finalise(model, config)}
+    if report.paused:
+        raise RecoveryPaused(stage, model, manifest["model"], records, report)
     bench.save(stage, model, manifest["model"], records)
     checkpoints.clear()
+    return report
 
 
 def _run_conversion(bench: Workbench, stage: Stage) -> None:
     model, manifest = _parent(bench, stage)
+    model, resolved = convert(bench, model, stage)
+    bench.save(stage, model, manifest["model"], [*manifest["steps"], *resolved])
+
+
+def convert(bench: Workbench, model: nn.Module, stage: Stage) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Applies a stage of conversions to a model, in place where they can; returns the model and the records of the steps.
+
+    Raises:
+        Infeasible: a conversion cannot be had on this model and device.
+    """
     with bench.timed("train"), bench.lane.shared():
         model, resolved = _apply(bench, model, stage)
         for technique, config in resolve(stage.steps):
             if technique.calibrate is not None:
                 technique.calibrate(model, config, bench.surroundings())
-    bench.save(stage, model, manifest["model"], [*manifest["steps"], *resolved])
+    return model, resolved
 
 
 def _parent(bench: Workbench, stage: Stage) -> tuple[nn.Module, Mapping[str, Any]]:
@@ -173,9 +224,10 @@ def _read_logits(storage: Storage, name: str) -> Tensor:
     return found
 
 
-RUNNERS: dict[str, Callable[[Workbench, Stage], None]] = {
+RUNNERS: dict[str, Callable[[Workbench, Stage], TrainingReport | None]] = {
     "baseline": _run_baseline,
     "surgery": _run_surgery,
     "recovery": _run_recovery,
     "conversion": _run_conversion,
 }
+"""What makes the artefact of each kind of stage; returns what it trained."""

@@ -58,7 +58,10 @@ def _load_task(data: str) -> TaskData:
 
 @dataclass
 class Workbench:
-    """What one trial works with: its storage, device, lane and deadline, where its time went, and the stage that it runs."""
+    """What one trial works with: its storage, device, lane and deadline, where its time went, and the stage that it runs.
+
+    ``until`` is the share of a recovery training after which it pauses, None for its end.
+    """
 
     context: Context
     seed: int
@@ -68,6 +71,7 @@ class Workbench:
     deadline: Deadline
     seconds: dict[str, float]
     lease: Lease | None = None
+    until: float | None = None
 
     @property
     def task(self) -> TaskData:

@@ -21,8 +21,9 @@ from workers.tasks.batches import LabelledData, Reader, Split
 from workers.techniques.record import LossInputs
 from workers.training.augmentation import Augmentation
 from workers.training.checkpoint import Checkpoints
+from workers.training.grad_checkpointing import grad_checkpointing
 from workers.training.optimisers import Steps, WeightAverage, make_optimizer, schedule
-from workers.training.settings import TrainingSettings
+from workers.training.settings import TrainingSettings, whole_epochs
 from workers.training.state import TrainingState
 
 log = logging.getLogger("vitpareto")
@@ -45,6 +46,9 @@ class TrainingReport:
         epochs, steps: those that were run, in all processes that took part.
         final_loss: mean total loss of the last epoch.
         seconds: in this process.
+        progress: share of the whole training that is done; less than 1 also where it ended for want of patience.
+        own_epochs: that this process has run; a part of one after a kill in its middle.
+        paused: it is to go on, from the state that was written last.
         best_epoch: the one, from 1, whose weights were kept; None where the last were.
         resumed_at: steps that another process had done already.
     """
@@ -55,6 +59,9 @@ class TrainingReport:
     seconds: float
     best_epoch: int | None = None
     resumed_at: int = 0
+    progress: float = 1.0
+    own_epochs: float = 0.0
+    paused: bool = False
 
 
 def train(
@@ -70,6 +77,7 @@ def train(
     validation: LabelledData | None = None,
     checkpoints: Checkpoints | None = None,
     tick: Callable[[], None] = lambda: None,
+    until: float | None = None,
 ) -> TrainingReport:
     """Trains ``model`` in place.
 
@@ -87,6 +95,9 @@ def train(
         validation: images that decide when to stop; needed with ``patience``.
         checkpoints: where states of this training are kept and looked for.
         tick: called about every :data:`CHUNK_S` seconds, when the device is idle.
+        until: share of the training, rounded up to whole epochs, after which it pauses: its state is kept in ``checkpoints``,
+            whatever ``checkpoint_s`` says, and ``model`` is left as the training would hand it over if it ended there (the mean
+            weights, or with ``patience`` the best ones). A state that is further already is left as it is. None: to the end.
 
     Raises:
         TrainingDiverged: the loss is not finite.
@@ -105,9 +116,13 @@ def train(
         )
     if found.patience is not None and validation is None:
         raise ValueError("patience needs validation images")
+    if until is not None and checkpoints is None:
+        raise ValueError("until needs checkpoints, where the training goes on from")
     run = _Training(model, split, found, seed, torch.device(device), steps, tick)
     run.teacher, run.teacher_logits, run.validation = teacher, teacher_logits, validation
-    run.checkpoints = None if found.checkpoint_s is None else checkpoints
+    run.checkpoints = checkpoints
+    if until is not None:
+        run.last_epoch = whole_epochs(until, found.epochs)
     return run.run()
 
 
@@ -142,6 +157,7 @@ class _Training:
             device,
             total=settings.epochs * math.ceil(len(split) / settings.batch_size),
         )
+        self.last_epoch = settings.epochs
         self._looked = time.monotonic()
         self._kept = 0
 
@@ -150,11 +166,14 @@ class _Training:
         loader = self._loader()
         self.model.train()
         try:
-            with _seeded(self.seed, self.device), _grad_checkpointing(self.model, self.settings.grad_checkpointing):
+            with _seeded(self.seed, self.device), grad_checkpointing(self.model, self.settings.grad_checkpointing):
                 resumed_at = self._kept = self._resume()
-                while state.epoch < self.settings.epochs and not self._out_of_patience():
+                while state.epoch < self.last_epoch and not self._out_of_patience():
                     self._run_epoch(loader)
                     self._end_epoch()
+                paused = state.epoch < self.settings.epochs and not self._out_of_patience()
+                if paused and state.done > resumed_at:
+                    self._keep()
         except DeadlineExceeded as error:
             raise DeadlineExceeded(f"{error}; {self._reached(time.monotonic() - started, resumed_at)}") from None
         except TrainingDiverged:
@@ -169,7 +188,17 @@ class _Training:
         self._keep_best_weights()
         self.model.eval()
         best = state.best.epoch if self.settings.patience is not None else None
-        return TrainingReport(state.epoch, state.done, state.loss_mean, time.monotonic() - started, best, resumed_at)
+        return TrainingReport(
+            state.epoch,
+            state.done,
+            state.loss_mean,
+            time.monotonic() - started,
+            best,
+            resumed_at,
+            state.progress,
+            (state.done - resumed_at) * self.settings.epochs / state.total,
+            paused,
+        )
 
     def _loader(self) -> Reader:
         if isinstance(self.split, Split):
@@ -196,7 +225,8 @@ class _Training:
                 state.average.update(state.done)
             if time.monotonic() - self._looked >= CHUNK_S:
                 self._look()
-            if self.checkpoints is not None and self.checkpoints.due(self.settings.checkpoint_s or 0.0):
+            every_s = self.settings.checkpoint_s
+            if self.checkpoints is not None and every_s is not None and self.checkpoints.due(every_s):
                 self._look()  # a state that has diverged is of no use
                 self._keep()
 
@@ -268,7 +298,8 @@ class _Training:
         try:
             self.tick()
         except DeadlineExceeded:
-            self._keep()
+            if self.settings.checkpoint_s is not None:
+                self._keep()
             raise
         self._looked = time.monotonic()
 
@@ -336,33 +367,6 @@ def task_loss(task: str, logits: Tensor, aims: Tensor, smoothing: float = 0.0) -
     if task == "vqa":
         return F.binary_cross_entropy_with_logits(logits, aims.to(logits.dtype)) * logits.shape[1]
     return F.cross_entropy(logits, aims, label_smoothing=smoothing)
-
-
-@contextmanager
-def _grad_checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Inside, each block calculates its activations again on the way back, which saves memory and changes no result.
-
-    timm's switch makes timm go through the blocks itself and passes by a technique that does so in its own way; such
-    blocks have a switch ``grad_checkpointing`` of their own, or train without.
-    """
-    vit: Any = model
-    blocks: Any = getattr(vit, "blocks", None)
-    if not wanted:
-        yield
-        return
-    if hasattr(blocks, "grad_checkpointing"):
-        blocks.grad_checkpointing = True
-    elif type(blocks) in (nn.Sequential, nn.ModuleList) and hasattr(vit, "set_grad_checkpointing"):
-        vit.set_grad_checkpointing(True)
-    else:
-        log.warning("grad_checkpointing has no effect on this model: its blocks cannot be calculated again one by one")
-    try:
-        yield
-    finally:
-        if hasattr(blocks, "grad_checkpointing"):
-            blocks.grad_checkpointing = False
-        elif hasattr(vit, "set_grad_checkpointing"):
-            vit.set_grad_checkpointing(False)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Defaults of a study are those of its schema, which names every key. A key that i
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -85,3 +86,8 @@ class TrainingSettings:
     def changes_images(self) -> bool:
         """Whether the model sees other images than those of the data, so that nothing can be calculated beforehand."""
         return self.augment != "none" or self.mixup > 0 or self.cutmix > 0
+
+
+def whole_epochs(share: float, epochs: int) -> int:
+    """Returns a share of a training in whole epochs, rounded up; what rounding of floating point adds is not counted."""
+    return max(1, math.ceil(round(share * epochs, 6)))

@@ -21,11 +21,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from orchestrator.ledger import Ledger, attempt_row
+from orchestrator.sampling.samplers import Question, make_sampler
 from orchestrator.study.constraints import parse
 from orchestrator.study.sampler import SamplerSection
 from orchestrator.study.space import SearchSpace
 from orchestrator.sweep.dashboard import JOURNAL, leave_journal
-from orchestrator.sweep.searcher import Proposer, make_sampler
+from orchestrator.sweep.searcher import Proposer
 from tests.orchestrator.sweep.test_searcher import OBJECTIVES
 from workers.node.storage import LocalStorage
 from workers.trial import Context, Recipe, Step, TrialResult, TrialSpec
@@ -52,8 +53,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     storage = LocalStorage(tmp_path_factory.mktemp("results"))
     ledger = Ledger(storage, "digits", context=WHERE.digest)
     first = [Recipe((Step("tome", {"r": r}),)) for r in range(1, 9)]
-    sampler = make_sampler(SamplerSection(name="random"))
-    proposer = Proposer(SearchSpace(SPACE), OBJECTIVES, [parse("size_bytes < 450")], sampler, first=first)
+    space = SearchSpace(SPACE)
+    sampler = make_sampler(SamplerSection(name="random"), Question(space, tuple(OBJECTIVES)))
+    proposer = Proposer(space, OBJECTIVES, [parse("size_bytes < 450")], sampler, first=first)
     for number in range(8):
         proposal, _ = proposer.ask()
         assert proposal is not None

@@ -12,10 +12,12 @@ from optuna import samplers
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from orchestrator.sampling.recipe_sampler import RecipeSampler
+from orchestrator.sampling.samplers import Question, make_sampler
 from orchestrator.study.constraints import parse
 from orchestrator.study.sampler import OPTIONS, SamplerSection
 from orchestrator.study.space import SearchSpace
-from orchestrator.sweep.searcher import Proposer, make_sampler
+from orchestrator.sweep.searcher import Proposer
 from orchestrator.sweep.work import Proposal
 from tests.orchestrator.study.test_space import TECHNIQUES
 from workers.techniques import composition
@@ -29,7 +31,9 @@ def proposer(
     sampler: str = "tpe", techniques: Any = TECHNIQUES, constraints: tuple[str, ...] = (), **more: Any
 ) -> Proposer:
     section = SamplerSection(name=sampler, n_startup_trials=5, population_size=6)
-    return Proposer(SearchSpace(techniques), OBJECTIVES, [parse(c) for c in constraints], make_sampler(section), **more)
+    space, limits = SearchSpace(techniques), [parse(c) for c in constraints]
+    question = Question(space, tuple(OBJECTIVES), tuple(map(str, limits)))
+    return Proposer(space, OBJECTIVES, limits, make_sampler(section, question), **more)
 
 
 def outcome(recipe: Recipe) -> tuple[list[str], list[dict[str, float]]]:
@@ -44,7 +48,7 @@ def told(trial: FrozenTrial) -> tuple[Any, ...]:
     return trial.number, trial.state, trial.values, trial.params, trial.distributions, trial.system_attrs
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+@pytest.mark.parametrize("sampler", ["recipe", "tpe", "nsga2", "random"])
 def test_the_optuna_study_is_rebuilt_exactly(sampler: str) -> None:
     first = [Recipe((Step("tome", {"r": 2, "proportional": True}),))]
     original = proposer(sampler, constraints=("size_bytes < 700",), first=first)
@@ -88,7 +92,7 @@ def test_a_lost_ask_keeps_the_numbers_right(damage: dict[str, Any] | None) -> No
     assert [t.state for t in again.study.trials] == [TrialState.RUNNING, TrialState.FAIL, *[TrialState.RUNNING] * 2]
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+@pytest.mark.parametrize("sampler", ["recipe", "tpe", "nsga2", "random"])
 def test_nothing_is_asked_twice_and_an_exhausted_space_ends(sampler: str) -> None:
     made = proposer(sampler, FOUR)
     seen, duplicates = [], 0
@@ -198,10 +202,15 @@ def test_constraints_are_told_with_the_values(size: float, violation: float) -> 
 
 @pytest.mark.parametrize(
     ("name", "sampler"),
-    [("tpe", samplers.TPESampler), ("nsga2", samplers.NSGAIISampler), ("random", samplers.RandomSampler)],
+    [
+        ("recipe", RecipeSampler),
+        ("tpe", samplers.TPESampler),
+        ("nsga2", samplers.NSGAIISampler),
+        ("random", samplers.RandomSampler),
+    ],
 )
 def test_a_study_may_name_the_arguments_that_optuna_s_samplers_take(name: str, sampler: type[BaseSampler]) -> None:
-    taken = inspect.signature(sampler).parameters
+    taken = {n: p for n, p in inspect.signature(sampler).parameters.items() if n not in Question.__annotations__}
     objects = ("Callable", "BaseMutation", "BaseCrossover")  # what no file can hold
     expected = {n for n, p in taken.items() if not any(kind in str(p.annotation) for kind in objects)}
     assert set(OPTIONS[name].model_fields) == expected

@@ -16,7 +16,8 @@ from orchestrator.ledger import Ledger
 from orchestrator.study.load import load_study
 from orchestrator.study.schema import StudyConfig, model_info
 from orchestrator.sweep import state
-from orchestrator.sweep.state import Sweep, open_sweep
+from orchestrator.sweep.opening import open_sweep
+from orchestrator.sweep.state import Sweep
 from orchestrator.sweep.trainable import run_specs
 from orchestrator.sweep.work import Work
 from tests.studies import tiny_study

@@ -15,7 +15,8 @@ from orchestrator.study.schema import StudyConfig, model_info
 from orchestrator.sweep import after_search, worker_tasks
 from orchestrator.sweep.driver import run_study
 from orchestrator.sweep.frontier_history import write_frontier
-from orchestrator.sweep.state import RUNNER, open_sweep
+from orchestrator.sweep.opening import open_sweep
+from orchestrator.sweep.state import RUNNER
 from orchestrator.sweep.trainable import run_specs
 from tests.studies import ONE_EPOCH, ONE_WORKER
 from workers.node.storage import LocalStorage

@@ -45,3 +45,19 @@ class NearSuggest(RandomSuggest):
 
     def floating(self, name: str, low: float, high: float, step: float) -> float:
         return float(self.params[name]) if self._kept(name) else super().floating(name, low, high, step)
+
+
+class GivenSuggest:
+    """Answers as a trial did; KeyError for what it was not asked."""
+
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        self.params = params
+
+    def categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self.params[name]
+
+    def integer(self, name: str, low: int, high: int, step: int) -> int:
+        return int(self.params[name])
+
+    def floating(self, name: str, low: float, high: float, step: float) -> float:
+        return float(self.params[name])
