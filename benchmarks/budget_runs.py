@@ -20,6 +20,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -188,6 +189,15 @@ def alone(spec: TrialSpec, recipe: Recipe, folder: Path) -> TrialResult:
         return clocked(replace(spec, trial_id=recipe.hash[:12], recipe=recipe, storage=storage))
 
 
+def grouped_tpe(seed: int) -> Any:
+    """Returns TPE that is multivariate by groups of parameters, which Optuna calls experimental."""
+    import optuna
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed)
+
+
 def stock(config: StudyConfig, folder: Path, sampler: str, seed: int) -> tuple[list[Spent], float]:
     """Searches with Ray Tune and OptunaSearch; returns the attempts in order and the wall seconds.
 
@@ -215,12 +225,11 @@ def stock(config: StudyConfig, folder: Path, sampler: str, seed: int) -> tuple[l
         tune.report({**(found.metrics or worst), "attempt": json.dumps(attempt), "ended_at": time.time()})
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    grouped = optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed)
     search = OptunaSearch(
         DefinedByRun(SearchSpace(config.techniques, model_info(spec.context), max_techniques=config.max_techniques)),
         metric=list(OBJECTIVES),
         mode=[mode[:3] for mode in OBJECTIVES.values()],
-        sampler={"default": None, "group": grouped}[sampler],
+        sampler=grouped_tpe(seed) if sampler == "group" else None,
         seed=seed if sampler == "default" else None,
     )
     ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
