@@ -124,9 +124,9 @@ class Worker:
         stages = (StageRun("recovery", spec.recipe.hash, False, train_s),) if train_s else ()
         seconds = dict.fromkeys(("train", "train_cpu", "cpu"), whole if metrics else 0.0)
         attempt, reason = secrets.token_hex(6), None if metrics else "not in the table"
-        now = time.time()
+        started = time.time() - whole  # so that it ends now, before what is begun next
         return TrialResult(
-            spec.trial_id, attempt, status, reason, metrics, now, whole, stages=stages, seconds=seconds, rung=rung
+            spec.trial_id, attempt, status, reason, metrics, started, whole, stages=stages, seconds=seconds, rung=rung
         )
 
 
@@ -159,7 +159,7 @@ def ours(table: Table, asked: Mapping[str, Any], most_s: float) -> list[Spent]:
 
 
 def stock(table: Table, asked: Mapping[str, Any], seed: int) -> list[Spent]:
-    """Asks TPE as OptunaSearch does for one trial at a time, and looks each up as if nothing were kept."""
+    """Asks TPE as OptunaSearch does for one trial at a time, and looks each up as if nothing were kept; what the table lacks is no trial."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -168,11 +168,12 @@ def stock(table: Table, asked: Mapping[str, Any], seed: int) -> list[Spent]:
     space = DefinedByRun(SearchSpace(config.techniques, model_info(context), max_techniques=config.max_techniques))
     directions = list(OBJECTIVES.values())
     search = optuna.create_study(directions=directions, sampler=grouped_tpe(seed))
-    worst, found = dict(asked["reference_point"]), []
-    for number in range(config.trials):
+    worst: dict[str, float] = dict(asked["reference_point"])
+    found: list[Spent] = []
+    while sum(one.metrics is not None for one in found) < config.trials:
         trial = search.ask()
         recipe = Recipe.from_json(space(trial)["recipe"])
-        done = worker.run(TrialSpec(config.name, str(number), recipe, 0, context, ""))
+        done = worker.run(TrialSpec(config.name, str(len(found)), recipe, 0, context, ""))
         found.append(spent_of(done.status, done.seconds, done.metrics, done.duration_s, recipe.label()))
         search.tell(trial, list((found[-1].metrics or worst).values()))
     return found
