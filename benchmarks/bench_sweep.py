@@ -58,7 +58,7 @@ def trivial(spec: TrialSpec) -> TrialResult:
     )
 
 
-def ours(trials: int, cpus: int, folder: str) -> list[float]:
+def ours(trials: int, cpus: int, folder: str, sampler: str | None = None) -> list[float]:
     """Runs a study of ``trials`` trivial trials; returns the seconds since the epoch at which each ended."""
     import yaml
 
@@ -70,6 +70,8 @@ def ours(trials: int, cpus: int, folder: str) -> list[float]:
     study: dict[str, Any] = yaml.safe_load(STUDY.read_text())
     study |= {"trials": trials, "objectives": list(OBJECTIVES), "constraints": []}
     study["resources"] = {"cpus": 1, "max_concurrent": cpus}
+    if sampler is not None:
+        study["sampler"] = {"name": sampler}
     run = driver.run_study(load_study(study), storage=folder, quiet=True, runner="benchmarks.bench_sweep:trivial")
     assert run.complete, run.reason
     rows = Ledger(open_storage(folder), run.name).trials(columns=["started_at", "status"]).to_pylist()

@@ -167,5 +167,8 @@ DEVICE_BOUND = frozenset(_of("speed", "memory"))
 INTERVALS = _of("accuracy", "speed", "memory")
 """What is measured, hence has a 95 % interval: ``<name>_low`` and ``<name>_high``, in the same unit. The others are exact."""
 
+EXACT = _of("exact")
+"""What follows from an artefact's structure, hence is known before it is trained where the structure is."""
+
 DETAILS = _of("detail")
 """What is told beside an objective and is none."""

@@ -15,10 +15,11 @@ from torch import nn
 
 from workers import artefact, evaluation
 from workers.measuring import counting
+from workers.measuring.known_speeds import keep_speed, known_speed, question
 from workers.measuring.made_inputs import make_inputs
 from workers.measuring.peak_memory import NotTellable
-from workers.measuring.quantities import Quantities
-from workers.metrics import DEVICE_BOUND, SPEEDS
+from workers.measuring.quantities import Found, Quantities
+from workers.metrics import DEVICE_BOUND, SPEED_OBJECTIVES, SPEEDS
 from workers.node.deadline import Deadline, DeadlineExceeded, guard
 from workers.node.lane import Lane
 from workers.node.provenance import provenance
@@ -178,6 +179,8 @@ def _stages_and_numbers(spec: TrialSpec, bench: Workbench, outcome: _Outcome) ->
     if answer is not None:
         outcome.metrics |= answer.metrics
         outcome.conditions |= {**answer.conditions, "same_as": answer.trial_id}
+        if SPEED_OBJECTIVES & outcome.metrics.keys():
+            outcome.conditions.setdefault("speed_of", answer.trial_id)
         outcome.measurements += answer.measurements
     else:
         _numbers(replace(spec, recipe=recipe), bench, plan, outcome)
@@ -284,12 +287,31 @@ def accuracy_measurements(kind: str, bench: Workbench, key: str, found: evaluati
 def _measure(
     bench: Workbench, spec: TrialSpec, model: nn.Module, key: str, is_baseline: bool, outcome: _Outcome
 ) -> None:
-    """Measures speed and memory against the strong baseline, alone on the device."""
-    with bench.lane.exclusive(), bench.timed("measure"):
-        found = Quantities(bench, spec, model, key, is_baseline).measure()
-    outcome.metrics |= found.metrics
-    outcome.measurements.extend(found.measurements)
-    outcome.conditions |= found.conditions
+    """Measures speed and memory against the strong baseline, alone on the device, or takes over what is known of such a model."""
+    quantities = Quantities(bench, spec, model, key, is_baseline)
+    name = None if is_baseline else _speed_question(bench, spec, quantities)
+    known = known_speed(bench, spec, name) if name else None
+    if known is None:
+        quantities.prepare()
+        with bench.lane.exclusive(), bench.timed("measure"):
+            known = known_speed(bench, spec, name) if name else None  # measured by another trial while this one waited
+            found = Found() if known else quantities.measure()
+        outcome.metrics |= found.metrics
+        outcome.measurements.extend(found.measurements)
+        outcome.conditions |= found.conditions
+        if name and known is None:
+            keep_speed(bench, spec, name, found.metrics)
+    if known is not None:
+        outcome.metrics |= known.metrics
+        outcome.conditions["speed_of"] = known.trial_id
+
+
+def _speed_question(bench: Workbench, spec: TrialSpec, quantities: Quantities) -> str | None:
+    """Returns under which name the speeds of such a model lie, None where no other trial's can be taken over."""
+    with bench.lane.shared(), bench.timed("measure"):
+        unit = quantities.unit()
+        structure = None if unit is None else quantities.structure()
+    return None if unit is None or structure is None else question(bench, spec, structure, unit)
 
 
 def _check_finite(metrics: dict[str, float]) -> None:
@@ -345,8 +367,9 @@ def run_remeasure(spec: TrialSpec) -> tuple[Measurement, ...]:
         recipe, plan = ensure_recipe(bench, spec.recipe)
         simulated, timed = timed_as(replace(spec, recipe=recipe), bench.device.type)
         model = _twin(bench, plan, timed)[0] if simulated else bench.load(timed.key)
+        quantities = Quantities(bench, spec, model, plan[-1].key, is_baseline=False)
+        quantities.prepare()
         with bench.lane.exclusive():
-            quantities = Quantities(bench, spec, model, plan[-1].key, is_baseline=False)
             return tuple(quantities.speed(kind) for kind, objective in SPEEDS.items() if objective in spec.objectives)
 
     return with_sound_stages(spec, bench, use)[0]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import typer
 
 from orchestrator.cli import (
+    audit,
     compare,
     export,
     jobs,
@@ -44,6 +45,11 @@ COMMANDS: tuple[tuple[Callable[..., None], str], ...] = (
     (reproduce.reproduce, "reproduce quick cb8b"),
     (export.export, "export quick cb8b --format onnx exported"),
     (report.report, "report quick -o report.html"),
+    (
+        audit.audit,
+        "audit --table outcomes.parquet --parameters a,b,c --objectives acc:maximize,latency:minimize --known latency "
+        "--sampler tpe,random --evaluations 200 --seeds 10 --format json",
+    ),
     (jobs.submit, "submit study.yaml --address http://127.0.0.1:8265 --storage /shared/results"),
 )
 """Each command, and an example of it."""

@@ -64,6 +64,7 @@ _STATUS = {
     "QueryError": 2,
     "SubmitRefused": 2,
     "TaskError": 2,
+    "TableError": 2,
     "ModelError": 2,
     "SubmitError": 1,
     "StudyFailed": 1,

@@ -28,6 +28,7 @@ from orchestrator.cli.io import (
 from orchestrator.cli.pareto import frontier
 
 if TYPE_CHECKING:
+    from orchestrator.ledger import Ledger
     from orchestrator.study.schema import StudyConfig
     from orchestrator.sweep.outcome import StudyRun
 
@@ -64,19 +65,39 @@ def resume(
             help="Ask again what ended so: error, timeout, ...; several with commas. The recipes stay the same."
         ),
     ] = None,
+    finish: Annotated[
+        list[str] | None,
+        typer.Option(help="Bring this trial to its end, which was stopped early; may be given several times."),
+    ] = None,
 ) -> None:
     """Goes on with an interrupted study, or extends a finished one with a larger --trials."""
     from orchestrator.study.load import stored_study
 
     again = _failure_classes(retry or [])
     ledger, stored = open_study(name, storage)
-    _run(stored_study(stored, ledger.folder), storage, trials, time_budget, address, quiet, again)
+    ends = _stopped_trials(ledger, finish or [])
+    _run(stored_study(stored, ledger.folder), storage, trials, time_budget, address, quiet, again, ends)
+
+
+def _stopped_trials(ledger: Ledger, starts: list[str]) -> tuple[str, ...]:
+    """Returns the ids of trials that were stopped early, each given by the start of its id."""
+    from orchestrator.ledger.show import find_trial
+
+    try:
+        found = [find_trial(ledger, start) for start in starts]
+    except LookupError as error:
+        raise UsageError(f"--finish: {error}") from None
+    wrong = [f"{row['trial_id']} is {row['status']}" for row in found if row["status"] != "stopped"]
+    if wrong:
+        remedy = f"list them with: vitpareto query {ledger.study} \"SELECT trial_id, label FROM trials WHERE status = 'stopped'\""
+        raise UsageError(f"--finish: must be a trial that was stopped early; {', '.join(wrong)}; {remedy}")
+    return tuple(row["trial_id"] for row in found)
 
 
 def _failure_classes(texts: list[str]) -> tuple[str, ...]:
     from workers.trial import STATUSES
 
-    allowed = [status for status in STATUSES if status != "ok"]
+    allowed = [status for status in STATUSES if status not in ("ok", "stopped")]
     named = [name.strip() for text in texts for name in text.split(",")]
     unknown = [name for name in named if name not in allowed]
     if unknown:
@@ -92,6 +113,7 @@ def _run(
     address: str | None,
     quiet: bool,
     retry: tuple[str, ...] = (),
+    finish: tuple[str, ...] = (),
 ) -> None:
     from orchestrator.ledger import Ledger
     from orchestrator.ledger.studies import find_storage
@@ -119,7 +141,7 @@ def _run(
         )
     from orchestrator.sweep.keeper import run_study
 
-    done = run_study(config, storage=storage, address=address, quiet=quiet, retry=retry)
+    done = run_study(config, storage=storage, address=address, quiet=quiet, retry=retry, finish=finish)
     _print_run(done, storage, address)
     if done.signal is not None and not done.complete:
         raise typer.Exit(SIGNALLED + done.signal)
@@ -164,8 +186,9 @@ def _print_run(done: StudyRun, storage: str, address: str | None) -> None:
             raise
         say(f"the frontier cannot be read: {error}")
     volume = "" if done.hypervolume is None else f", hypervolume {done.hypervolume:.4f}"
+    paused = f"stopped early: {done.paused}, " if done.paused else ""
     print(
-        f"{done.done} of {done.budget} trials after {format_seconds(done.elapsed_s)}, "
+        f"{done.done} of {done.budget} trials after {format_seconds(done.elapsed_s)}, {paused}"
         f"failed: {format_failures(dict(done.failed))}{volume}",
         file=sys.stderr,
     )

@@ -22,6 +22,7 @@ def status(
     from orchestrator.ledger import LedgerError
     from orchestrator.ledger.status import for_people, study_status
     from orchestrator.ledger.studies import find_storage, study_names
+    from orchestrator.words.spent_seconds import spent_text
 
     store = find_storage(storage)
     names = study_names(store) if name is None else [name]
@@ -38,6 +39,8 @@ def status(
         say(f"there are no studies in {store.url}")
     write_dicts([for_people(r) for r in rows] if format_ is Format.table else rows, format_)
     for row in rows:
+        if name is not None and format_ is Format.table and (spent := spent_text(row["seconds"])):
+            say(f"{spent}; {row['speeds_taken_over']} speeds taken over from equal structures")
         for problem in row["problems"]:
             say(problem)
         if row["rows_missing"]:

@@ -16,6 +16,7 @@ import pyarrow as pa
 from orchestrator.frontier.candidate_rows import describe
 from orchestrator.frontier.candidates import ROW, Candidates, read_candidates
 from orchestrator.frontier.dominance import nondominated
+from orchestrator.frontier.estimates import measured_things
 from orchestrator.frontier.membership import CERTAIN, POSSIBLE, Groups, judged
 from orchestrator.frontier.objective_kinds import Axis, read_axes, source_of
 from orchestrator.frontier.possible_members import MOST, contenders, front
@@ -213,5 +214,7 @@ def to_measure_again(judged: Judged, snapshot: Snapshot) -> list[str]:
         ]
         wanted += sorted(asked, key=lambda one: -sigma[one])
     rows = np.array(list(dict.fromkeys(wanted)), np.int64)
-    names: list[str] = judged.candidates.shown(snapshot, ["trial_id"], rows)["trial_id"].to_pylist()
-    return names
+    trials = judged.candidates.shown(snapshot, ["trial_id", "speed_of"], rows)
+    things = measured_things(trials).to_pylist()
+    names = dict(zip(reversed(things), reversed(trials["trial_id"].to_pylist()), strict=True))
+    return [names[thing] for thing in dict.fromkeys(things)]  # what shares a measurement is measured once for all

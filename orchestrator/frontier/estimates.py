@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from orchestrator.frontier.draws import normals, rounded
 from orchestrator.frontier.quantiles import Z95, t975
@@ -67,7 +68,7 @@ class Estimate:
 
 def columns_of(name: str) -> list[str]:
     """Returns the columns of ``trials`` that :func:`estimate` needs for the objective ``name``."""
-    more = [f"{name}_ratio", "is_baseline"] if name in SPEED_OBJECTIVES else []
+    more = [f"{name}_ratio", "is_baseline", "speed_of"] if name in SPEED_OBJECTIVES else []
     return [name, f"{name}_low", f"{name}_high", *more]
 
 
@@ -75,7 +76,8 @@ def estimate(name: str, snapshot: Snapshot, trials: pa.Table, of: Numbers, count
     """Estimates an objective of ``metrics.INTERVALS``.
 
     Args:
-        trials: (t,) rows with :func:`columns_of`, and ``trial_id``, which is looked at only if something was measured again.
+        trials: (t,) rows with :func:`columns_of`, and ``trial_id``, which is looked at only if something was measured again, or a
+            speed is another trial's: seeds that share one measurement are one sample of it.
         count: n.
     """
     assert name in INTERVALS
@@ -87,24 +89,48 @@ def estimate(name: str, snapshot: Snapshot, trials: pa.Table, of: Numbers, count
     if name in SPEED_OBJECTIVES:
         baseline = booleans(trials["is_baseline"])
         ratio = np.where(baseline, 1.0, floats(trials[f"{name}_ratio"]))
-        again = _measured_again(snapshot, METRICS[name].record, trials["trial_id"])
+        things = measured_things(trials)
+        rows = _distinct(things, of) if trials["speed_of"].null_count < len(trials) else np.arange(len(of))
+        again = _measured_again(snapshot, METRICS[name].record, things, rows)
+        value, low, high, ratio, of = value[rows], low[rows], high[rows], ratio[rows], of[rows]
     return _ratio_scale(value, low, high, ratio, again, of, count)
 
 
-def _measured_again(snapshot: Snapshot, kind: str, trial_ids: pa.ChunkedArray) -> tuple[Numbers, Floats]:
-    """Returns the trials (row numbers) that were measured again and the logarithms of the ratios found."""
+def measured_things(trials: pa.Table) -> pa.ChunkedArray:
+    """Returns whose measurement the speeds of each trial are: its own, or that of an equal structure.
+
+    Args:
+        trials: with ``trial_id`` and ``speed_of``.
+    """
+    if trials["speed_of"].null_count == len(trials):
+        return trials["trial_id"]
+    return pc.coalesce(trials["speed_of"], trials["trial_id"])
+
+
+def _distinct(things: pa.ChunkedArray, of: Numbers) -> Numbers:
+    """Returns the first trial of each candidate with each measurement, ascending."""
+    number, _ = group_numbers(things)
+    order = np.lexsort((number, of))
+    new = np.r_[True, (np.diff(of[order]) != 0) | (np.diff(number[order]) != 0)]
+    return np.sort(order[new[: len(order)]])
+
+
+def _measured_again(snapshot: Snapshot, kind: str, things: pa.ChunkedArray, rows: Numbers) -> tuple[Numbers, Floats]:
+    """Returns the places in ``rows`` of the trials that were measured again and the logarithms of the ratios found; what was
+    found of one thing goes to all that it is the measurement of."""
     added = snapshot.added(kind)
     with np.errstate(divide="ignore", invalid="ignore"):
         log = np.log(floats(added["ratio"]))
-    if not len(added) or not len(trial_ids):
+    if not len(added) or not len(rows):
         return np.empty(0, np.int64), np.empty(0)
-    numbers, _ = group_numbers(pa.chunked_array([*trial_ids.chunks, *added["trial_id"].chunks], pa.string()))
-    order = np.argsort(numbers[: len(trial_ids)], kind="stable")
-    known = numbers[: len(trial_ids)][order]
-    asked = numbers[len(trial_ids) :]
-    place = np.minimum(np.searchsorted(known, asked), len(known) - 1)
-    mine = (known[place] == asked) & np.isfinite(log)
-    return order[place[mine]], log[mine]
+    numbers, _ = group_numbers(pa.chunked_array([*things.chunks, *added["trial_id"].chunks], pa.string()))
+    own = numbers[: len(things)][rows]
+    order = np.argsort(own, kind="stable")
+    asked = numbers[len(things) :]
+    start, stop = (np.searchsorted(own[order], asked, side=side) for side in ("left", "right"))
+    many = np.where(np.isfinite(log), stop - start, 0)
+    place = np.arange(many.sum()) + np.repeat(start - (np.cumsum(many) - many), many)
+    return order[place], np.repeat(log, many)
 
 
 @np.errstate(divide="ignore", invalid="ignore")  # a value of 0 has no logarithm; exact ones need none

@@ -74,7 +74,8 @@ class Axis:
         if self.source in ACCURACIES and not self.found.exact[rows].any():
             draws = _example_by_example(self.source, self.found.some(rows), snapshot, candidates, rows)
         if draws is None:
-            noise = normals([f"{name} {self.source}" for name in names])
+            things = _things(snapshot, candidates, rows) if self.timed else names
+            noise = normals([f"{name} {self.source}" for name in things])
             draws = centre[:, None] + self.sigma[rows][:, None] * noise
         else:
             draws = self.sign * draws
@@ -152,6 +153,15 @@ def snapped(sizes: Floats) -> Floats:
         found[order[start:stop]] = ascending[start]
         start = stop
     return found
+
+
+def _things(snapshot: Snapshot, candidates: Candidates, rows: Numbers) -> list[str]:
+    """Names whose measurements the speeds of candidates are: what shares a measurement shares its error, too."""
+    trials, of = candidates.trials(snapshot, ["trial_id", "speed_of"], rows)
+    found: list[set[str]] = [set() for _ in range(len(rows))]
+    for place, thing in zip(of.tolist(), estimates.measured_things(trials).to_pylist(), strict=True):
+        found[place].add(thing)
+    return ["+".join(sorted(things)) for things in found]
 
 
 def _example_by_example(

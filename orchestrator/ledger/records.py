@@ -62,6 +62,7 @@ def _attempt_checks(row: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
     yield "duration_s", isinstance(row.get("duration_s", 0.0), int | float)
     yield "failure", isinstance(row.get("failure"), str | None)
     yield "rung", isinstance(row.get("rung"), _NUMBER) and not isinstance(row.get("rung"), bool)
+    yield "speed_of", isinstance(row.get("speed_of"), str | None)
     yield "measurements", _are_measurements(row["measurements"])
 
 

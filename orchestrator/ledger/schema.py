@@ -65,12 +65,14 @@ ATTEMPTS = _schema(
         ("context", pa.string()),
         ("device", pa.string()),
         ("artefact", pa.string()),
+        ("speed_of", pa.string()),
         *((name, pa.string()) for name in JSON_COLUMNS),
     ],
 )
 """One row an attempt. ``number`` is Optuna's (null: not asked for by Optuna), ``techniques`` is ``a+b`` in recipe
-order, ``rung`` the share of the recovery training after which a ``stopped`` attempt paused (null in others), ``context`` a digest, times in UTC and seconds, objectives in the unit that their name says, null where not
-measured."""
+order, ``rung`` the share of the recovery training after which a ``stopped`` attempt paused (null in others), ``context`` a digest, times
+in UTC and seconds, objectives in the unit that their name says, null where not measured. ``speed_of`` is the trial whose measurement the
+speeds are, null where they are the trial's own."""
 
 MEASUREMENTS = _schema(
     "measurements",
@@ -150,6 +152,7 @@ def attempt_row(spec: TrialSpec, result: TrialResult, optuna: Mapping[str, Any] 
         "spec": spec.to_dict(),
     }
     found = result.to_dict()
+    row["speed_of"] = found["conditions"].get("speed_of")
     copied = ("status", "failure", "rung", "artefact", "started_at", "duration_s", "measurements")
     row |= {name: found[name] for name in (*copied, "metrics", "conditions", "stages", "seconds", "provenance")}
     return _finite(row)  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from workers.node.lease import holder
 from workers.trial import INFRASTRUCTURE
 
 _COLUMNS = ("status", "is_baseline", "context", "feasible", "recipe_hash", "attempts")
+_SPENT = ("seconds", "speed_of")
 
 
 def study_status(ledger: Ledger) -> dict[str, Any]:
@@ -23,13 +25,14 @@ def study_status(ledger: Ledger) -> dict[str, Any]:
     counts trials by class; ``paused`` those that stand at each rung of their recovery training, which count as done,
     ``paused_s`` and ``paused_epochs`` are what they cost; ``waiting`` are those that wait for the lane, or for a stage that another runs; ``hypervolume`` is
     that of the newest frontier; ``other_contexts`` counts trials that answer an earlier question (other data, other
-    training); ``problems`` lists files that cannot be read, with the reason, and ``rows_missing`` says that rows are known
+    training); ``seconds`` are sums over the trials, the baseline's apart: training, measuring, waiting for the lane and so on;
+    ``speeds_taken_over`` counts trials whose speed is that of an equal structure; ``problems`` lists files that cannot be read, with the reason, and ``rows_missing`` says that rows are known
     to be missing with them.
     """
     stored = ledger.study_record() or {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LedgerWarning)  # ``problems`` has it
-        rows = ledger.trials(_COLUMNS).to_pylist()
+        rows = ledger.trials((*_COLUMNS, *_SPENT)).to_pylist()
         frontier = ledger.frontier()
     problems = ledger.problems()
     here = [r for r in rows if r["context"] == ledger.context]
@@ -58,10 +61,19 @@ def study_status(ledger: Ledger) -> dict[str, Any]:
         "paused_epochs": sum(trial["epochs"] for trial in paused),
         "hypervolume": frontier["hypervolume"][-1].as_py() if len(frontier) else None,
         "other_contexts": len(rows) - len(here),
+        "seconds": _seconds(mine),
+        "speeds_taken_over": sum(r["speed_of"] is not None for r in mine),
         "driver": {k: owner.get(k) for k in ("host", "pid")} if owner else None,
         "problems": [f"{p.file}: {p.reason}" for p in problems],
         "rows_missing": any(p.hides_rows for p in problems),
     }
+
+
+def _seconds(rows: list[dict[str, Any]]) -> dict[str, float]:
+    spent: Counter[str] = Counter()
+    for row in rows:
+        spent.update(json.loads(row["seconds"] or "{}"))
+    return {name: round(seconds, 2) for name, seconds in sorted(spent.items())}
 
 
 def done_recipes(ledger: Ledger) -> int:

@@ -78,6 +78,7 @@ class Report:
         techniques: ``technique``, ``recipes`` that use it, those ``certain``, ``volume`` of the frontier without them.
         volume: hypervolume of the frontier over ``objectives``, baseline-relative; None where it has no unit.
         said_of_data: what is done to images, what of the data is not used, and warnings of it.
+        stopped: trials that stand at a rung of their recovery training; see :func:`orchestrator.report.overview.stopped_early`.
         failures: ``status``, ``count``, ``reasons``: ``text``, ``count`` and the ``trial`` of an example.
     """
 
@@ -96,6 +97,7 @@ class Report:
     techniques: list[dict[str, Any]] = field(default_factory=list)
     volume: float | None = None
     failures: list[dict[str, Any]] = field(default_factory=list)
+    stopped: list[dict[str, Any]] = field(default_factory=list)
     said_of_data: list[str] = field(default_factory=list)
 
     @property

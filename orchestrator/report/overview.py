@@ -1,4 +1,5 @@
-"""What the report says of a study as a whole: what it searched, how its frontier grew, what techniques add, what failed."""
+"""What the report says of a study as a whole: what it searched, how its frontier grew, what techniques add, what failed or
+was stopped early."""
 
 from __future__ import annotations
 
@@ -10,8 +11,13 @@ import numpy as np
 
 from orchestrator.frontier.dominance import default_reference, hypervolume
 from orchestrator.ledger import Ledger
+from orchestrator.ledger.stopped import STOPPED, stopped_trials
 from orchestrator.report.data import Candidate, Report
-from workers.metrics import OBJECTIVES
+from orchestrator.words.interval_text import metric_text
+from orchestrator.words.labels import short_label
+from orchestrator.words.units import format_seconds
+from workers.metrics import METRICS, OBJECTIVES
+from workers.trial import Recipe
 
 REASONS = 3
 """Distinct reasons of a failure class that are shown, the most frequent first."""
@@ -46,7 +52,7 @@ def history(ledger: Ledger) -> list[tuple[int, int, float | None]]:
 def failure_classes(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns the failure classes, the most frequent first, with the first lines of their most frequent reasons."""
     found = []
-    counts = Counter(t["status"] for t in trials if t["status"] != "ok")
+    counts = Counter(t["status"] for t in trials if t["status"] not in ("ok", STOPPED))
     for status, count in counts.most_common():
         lines = [(_first_line(t["failure"]), t) for t in trials if t["status"] == status]
         example = {text: t["trial_id"] for text, t in lines}
@@ -54,6 +60,30 @@ def failure_classes(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
         shown = [{"text": text, "count": n, "trial": example[text]} for text, n in reasons]
         found.append({"status": status, "count": count, "reasons": shown})
     return found
+
+
+def stopped_early(ledger: Ledger, searched: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the trials that stand at a rung as rows of texts, those that came furthest first.
+
+    Args:
+        searched: ``techniques`` of the study.
+
+    Returns:
+        ``trial``, ``label``, ``rung``, ``found`` (title of a metric to its text; accuracies are those at the rung), ``cost``.
+    """
+    rows = sorted(stopped_trials(ledger), key=lambda row: -row["rung"])
+    return [
+        {
+            "trial": row["trial_id"],
+            "label": short_label(Recipe.from_json(row["recipe"]), searched),
+            "rung": f"{row['rung']:.1%}",
+            "found": {
+                METRICS[name].title: metric_text(name, row["metrics"]) for name in OBJECTIVES if name in row["metrics"]
+            },
+            "cost": f"{format_seconds(row['seconds'])}, {row['epochs']:.3g} epochs",
+        }
+        for row in rows
+    ]
 
 
 def _first_line(failure: str | None) -> str:

@@ -17,7 +17,13 @@ from orchestrator.ledger import Ledger
 from orchestrator.ledger.schema import metric_of
 from orchestrator.ledger.status import study_status
 from orchestrator.report.data import TITLES, Candidate, Metric, Report
-from orchestrator.report.overview import contributions, failure_classes, history, searched_numbers
+from orchestrator.report.overview import (
+    contributions,
+    failure_classes,
+    history,
+    searched_numbers,
+    stopped_early,
+)
 from orchestrator.study.constraints import DROPS
 from orchestrator.words.labels import short_label
 from orchestrator.words.units import unit_of
@@ -68,6 +74,7 @@ def read_report(ledger: Ledger, objectives: Sequence[str] | None = None) -> Repo
         parameters=searched_numbers(searched),
         history=history(ledger),
         failures=failure_classes(trials),
+        stopped=stopped_early(ledger, searched),
         said_of_data=_said_of_data(record),
     )
     report.volume, report.techniques = contributions(report)

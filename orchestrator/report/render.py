@@ -74,6 +74,7 @@ def page_data(report: Report, option: str) -> dict[str, Any]:
         "techniques": report.techniques,
         "volume": report.volume,
         "failures": report.failures,
+        "stopped": report.stopped,
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import PurePath
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from orchestrator.ledger.status import format_failures
 from orchestrator.report.data import TITLES, Candidate, Report
 from orchestrator.study.constraints import DROPS
+from orchestrator.words.spent_seconds import spent_text
 from orchestrator.words.units import format_seconds, format_value
 from workers.metrics import METRICS, SPEED_OBJECTIVES, SPEEDS
 
@@ -135,12 +136,22 @@ def facts(report: Report, made_at: datetime, version: str) -> list[tuple[str, st
         ("Of the data", "; ".join(report.said_of_data)),
         ("Device", report.device_name),
         ("Trials", f"{status['done']} of {status['budget']} done, failed: {format_failures(status['failed'])}"),
+        ("Stopped early", _stopped_text(status)),
         ("Constraints", ", ".join(limits) or "none"),
         ("Run", _when(report)),
+        ("Time", _spent(report)),
         *_baseline_facts(report.conditions.get("strong_baseline") or {}),
         ("Report", f"vitpareto {version}, {made_at:%Y-%m-%d %H:%M} UTC"),
     ]
     return [(name, text) for name, text in found if text]
+
+
+def _stopped_text(status: Mapping[str, Any]) -> str:
+    if not status["paused"]:
+        return ""
+    cost = f"{status['paused_epochs']:.3g} epochs of recovery and {format_seconds(status['paused_s'])} in all"
+    counts = ", ".join(f"{count} at {rung} of the recovery" for rung, count in status["paused"].items())
+    return f"{counts}; they cost {cost}"
 
 
 _FAMILIES = {"vilt": "ViLT", "meter": "METER"}
@@ -180,6 +191,11 @@ def _when(report: Report) -> str:
         return ""
     lasted = format_seconds((report.ended - report.began).total_seconds())
     return f"{report.began:%Y-%m-%d %H:%M} UTC, over {lasted}"
+
+
+def _spent(report: Report) -> str:
+    text, taken = spent_text(report.status["seconds"]), report.status["speeds_taken_over"]
+    return f"{text}; {_count(taken, 'speed')} taken over from equal structures" if text and taken else text
 
 
 def _baseline_facts(strong: dict[str, Any]) -> list[tuple[str, str]]:

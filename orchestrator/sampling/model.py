@@ -74,7 +74,7 @@ class Prediction:
     scales: tuple[str, ...]
     feasible: Array
 
-    def part(self, which: slice | Array) -> Prediction:
+    def part(self, which: slice | NDArray[np.int64]) -> Prediction:
         """Returns what is expected of some of them."""
         return Prediction(self.means[which], self.deviations[which], self.scales, self.feasible[which])
 
@@ -251,7 +251,8 @@ class RecipeModel:
 
     def predict(self, keys: Sequence[Key]) -> Prediction:
         """Predicts recipes from what :meth:`follow` took."""
-        rows, found = self.features(keys), {}
+        rows = self.features(keys)
+        found: dict[str, tuple[Array, Array]] = {}
         for group, points in self._points.items():
             found |= points.predict(rows, self._values[group])
         objectives = self.names[: len(self.objectives)]

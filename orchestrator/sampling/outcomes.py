@@ -179,5 +179,6 @@ class Outcomes:
         front, point = self.values(self.front), np.array(new.values)
         if len(front) and (front <= point).all(1).any():
             return  # dominated, or as good as one that is there
-        kept = [n for n, worse in zip(self.front, (point <= front).all(1), strict=True) if not worse]
+        worse = np.all(point <= front, axis=1).tolist()
+        kept = [n for n, dominated in zip(self.front, worse, strict=True) if not dominated]
         self.front = sorted([*kept, new.number])

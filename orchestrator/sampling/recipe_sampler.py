@@ -150,9 +150,11 @@ class RecipeSampler(BaseSampler):
             return self.candidates.unseen(rng, self.outcomes)
         self._refit(study, trial, generator)
         scored = self._scored(rng, generator)
-        order = np.argsort(-scored.worth, kind="stable") if scored else []
-        best = next((int(i) for i in order if self.possible(self.keys.recipe(scored.keys[i]))), None)
-        if scored is None or best is None:
+        if scored is None:
+            return self.candidates.unseen(rng, self.outcomes)
+        order = np.argsort(-scored.worth, kind="stable").tolist()
+        best = next((i for i in order if self.possible(self.keys.recipe(scored.keys[i]))), None)
+        if best is None:
             return self.candidates.unseen(rng, self.outcomes)
         expected = {
             name: [float(scored.means[best, k]), float(scored.deviations[best, k])]

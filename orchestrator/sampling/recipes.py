@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Protocol, TypeVar
 
@@ -33,13 +34,24 @@ NEXT_ON_GRID = 0.6
 
 TRIES = 20
 
+KEPT = 10_000
+"""Recipes that are kept: candidates come back, and their hash takes longer than all else of them."""
+
 
 class Space(Protocol):
     """A search space of recipes: :class:`orchestrator.study.space.SearchSpace`, or a table of outcomes."""
 
-    max_techniques: int
-    axes: Mapping[str, Mapping[str, Axis]]
-    families: Sequence[tuple[str, tuple[str, ...]]]
+    @property
+    def max_techniques(self) -> int:
+        """Most techniques in one recipe."""
+
+    @property
+    def axes(self) -> Mapping[str, Mapping[str, Axis]]:
+        """Technique to parameter to what it may be."""
+
+    @property
+    def families(self) -> Sequence[tuple[str, tuple[str, ...]]]:
+        """Name and techniques of each family, in the order of recipes."""
 
     def legal_orders(self, names: tuple[str, ...]) -> list[tuple[str, ...]]:
         """Returns the orders in which these techniques, in that of their families, may stand."""
@@ -73,12 +85,16 @@ class RecipeKeys:
     Args:
         space: theirs.
         conversions: techniques that need no training.
+
+    Attributes:
+        recipe: returns the recipe that a key names.
     """
 
     def __init__(self, space: Space, conversions: Collection[str] = ()) -> None:
         self.space = space
         self.conversions = frozenset(conversions) & set(space.axes)
         self._axes = {name: tuple(axes.values()) for name, axes in space.axes.items()}
+        self.recipe = lru_cache(KEPT)(self._make)
         self._techniques = tuple(self._axes)
         self._sizes = {name: [len(axis) for axis in axes] for name, axes in self._axes.items()}
         self._parameters = {name: tuple(axes) for name, axes in space.axes.items()}
@@ -105,8 +121,7 @@ class RecipeKeys:
             steps.append((step.technique, tuple(i for i in found if i is not None)))
         return tuple(steps)
 
-    def recipe(self, key: Key) -> Recipe:
-        """Returns the recipe that a key names."""
+    def _make(self, key: Key) -> Recipe:
         return Recipe(
             tuple(
                 Step(t, {p: a[i] for p, a, i in zip(self._parameters[t], self._axes[t], positions, strict=True)})
@@ -145,7 +160,7 @@ class RecipeKeys:
                 pairs = zip(first[name], second[name], strict=True)
                 chosen[name] = tuple(a if rng.random() < 0.5 else b for a, b in pairs)
             elif rng.random() < 0.5:
-                chosen[name] = first.get(name) or second[name]
+                chosen[name] = first[name] if name in first else second[name]
         while len(chosen) > self.space.max_techniques:
             del chosen[pick(rng, list(chosen))]
         return self._arrange(rng, chosen) or self.near(rng, one)

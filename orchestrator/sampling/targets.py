@@ -90,7 +90,8 @@ def learn(y: Array, products: Products, before: Fitted | None, scales: Sequence[
 
 
 def _standardised(z: Array) -> Array:
-    return (z - z.mean()) / (z.std() + 1e-12)
+    found: Array = (z - z.mean()) / (z.std() + 1e-12)
+    return found
 
 
 def _correlation(one: Array, other: Array) -> float:

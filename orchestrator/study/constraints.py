@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -79,6 +79,23 @@ def derived(metrics: Mapping[str, float], baseline: Mapping[str, float]) -> dict
         if baseline[name]:
             found.setdefault(f"{name}_ratio", metrics[name] / baseline[name])
     return found
+
+
+def violation(
+    facts: Mapping[str, float], baseline: Mapping[str, float], constraints: Sequence[Constraint]
+) -> str | None:
+    """Returns which constraint a recipe breaks by what is known of it before it is run, and with which value; None if none.
+
+    Args:
+        facts: metrics that are known exactly; a constraint on another one is left for the trial to tell.
+        baseline: metrics of the uncompressed model, or what is known of it; without one a ratio to it is not known.
+    """
+    known = derived(facts, baseline)
+    for constraint in constraints:
+        if constraint.metric in known and not constraint.satisfied(known):
+            value = known[constraint.metric]
+            return f"must have {constraint}; its structure, known before training, has {value:,.6g}"
+    return None
 
 
 def parse(text: str) -> Constraint:

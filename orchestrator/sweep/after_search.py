@@ -71,12 +71,14 @@ def remeasure(
 
 
 def _remeasure_one(sweep: Sweep, trial: str, where: Mapping[str, Any], watch: Watch | None) -> None:
-    rows = sweep.ledger.attempts(["trial_id", "spec", "status", "recipe_hash"])
-    row = rows.filter(pc.and_(pc.equal(rows["trial_id"], trial), pc.equal(rows["status"], "ok"))).to_pylist()[0]
+    rows = sweep.ledger.attempts(["trial_id", "spec", "status", "recipe_hash", "speed_of"])
+    ok = {row["trial_id"]: row for row in rows.filter(pc.equal(rows["status"], "ok")).to_pylist()}
+    row = ok[trial]
+    measured = row["speed_of"] or trial
     spec = replace(TrialSpec.from_dict(json.loads(row["spec"])), storage=sweep.storage_url, storage_token=sweep.token)
     found: list[dict[str, Any]] = _get(_remote(sweep, worker_tasks.measure_again, where).remote(spec.to_dict()), watch)
     if found:
-        sweep.ledger.write_remeasurement(trial, row["recipe_hash"], found)
+        sweep.ledger.write_remeasurement(measured, ok.get(measured, row)["recipe_hash"], found)
 
 
 # --- the report split -------------------------------------------------------------------------------------------------

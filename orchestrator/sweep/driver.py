@@ -9,7 +9,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from orchestrator.study.space import SearchSpace
 from orchestrator.study.weights import weights_notes
 from orchestrator.sweep import after_search
 from orchestrator.sweep.dashboard import leave_journal
+from orchestrator.sweep.facts import BackgroundFacts
 from orchestrator.sweep.frontier_history import write_frontier
 from orchestrator.sweep.opening import open_sweep
 from orchestrator.sweep.outcome import StudyBusy, StudyFailed, StudyRun
@@ -57,6 +58,7 @@ def run_study(
     quiet: bool = False,
     runner: str = RUNNER,
     retry: Collection[str] = (),
+    finish: Collection[str] = (),
     spent_s: float = 0.0,
     ended: str | None = None,
     watch: Watch | None = None,
@@ -65,7 +67,7 @@ def run_study(
     """Runs a study in this process: what :func:`orchestrator.sweep.keeper.run_study` runs in another one.
 
     Args:
-        config, storage, address, quiet, runner, retry: see there.
+        config, storage, address, quiet, runner, retry, finish: see there.
         spent_s: seconds that drivers before this one have spent of the time budget.
         ended: why nothing is run: what a driver before this one has found is only brought to its end. None runs.
         watch: watches over Ray.
@@ -101,13 +103,23 @@ def run_study(
         raise StudyRefused(
             f"study {config.name}: none of its techniques can work on {info.name}; `vitpareto plan` says why"
         )
-    with _held(store, config.name) as lease:
+    facts = BackgroundFacts(context, config.seeds, store, config.name) if runner == RUNNER else None
+    with _held(store, config.name) as lease, facts or nullcontext():
         ledger = Ledger(store, config.name, config.parsed_constraints(), context.digest)
         said = {"notes": list(described.notes), "warnings": list(described.warnings)}
         token = _open_folder(ledger, config, context.digest, said)
         _await_orphans(ledger)
         sweep = open_sweep(
-            config, context, info, ledger, storage_url=store.url, token=token, versions=versions(), retry=retry
+            config,
+            context,
+            info,
+            ledger,
+            storage_url=store.url,
+            token=token,
+            versions=versions(),
+            retry=retry,
+            finish=finish,
+            facts=facts,
         )
         sweep.lease, sweep.stopping = lease, ended
         sweep.started -= spent_s
@@ -280,4 +292,5 @@ def _finish(sweep: Sweep, url: str) -> StudyRun:
         reason="" if complete else (sweep.stopping or "interrupted"),
         hypervolume=snapshot.hypervolume,
         elapsed_s=snapshot.elapsed_s,
+        paused=snapshot.paused,
     )

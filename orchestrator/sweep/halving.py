@@ -1,14 +1,16 @@
 """Successive halving over several objectives: which paused recovery training goes on, and how far.
 
 Asynchronous: whatever stands at a rung and is among the best 1/eta of all that were there goes on, at any time, and before anything
-new is begun. Best is by non-dominated rank of the expected ends (:mod:`orchestrator.sweep.prospects`). Nothing is stopped
-for good before the budget of recipes is used up; then what may be on the final frontier with a probability of
-:data:`LIKELY` or more goes on as well. Every decision follows from rows of the ledger, so that a successor decides alike.
+new is begun, unless it is known to have next to no chance. Best is by non-dominated rank of the expected ends, chance the
+probability of being on the final frontier (:mod:`orchestrator.sweep.prospects`). Nothing is stopped for good before the budget of
+recipes is used up; then all goes on whose probability is :data:`LIKELY` or more, whatever its rank. Every decision follows
+from rows of the ledger, so that a successor decides alike.
 
 Source: Li et al., A System for Massively Parallel Hyperparameter Tuning (ASHA), arXiv 1810.05934, section 3, algorithm 2;
 non-dominated rank in place of the loss: Schmucker et al., Multi-objective Asynchronous Successive Halving, arXiv 2106.12639,
 section 4.
-Differs: known objectives are exact, the last round is by probability, a recipe goes on at once where its training is that of another.
+Differs: known objectives are exact, nothing goes on without a chance nor is stopped with one, and a recipe goes on at once where its
+training is that of another.
 """
 
 from __future__ import annotations
@@ -160,8 +162,8 @@ class Halving:
     def _next(self, closing: bool) -> tuple[int, float | None] | None:
         if not self.waiting:
             return None
-        for number in sorted(self.finish & self.waiting):
-            return number, None
+        if wanted := self.finish & self.waiting:
+            return min(wanted), None
         for number in sorted(self.waiting):
             known = self._known[number]
             if known.level == 0:  # it stands where there is no rung any more
@@ -169,38 +171,49 @@ class Halving:
             trained = self._trained.get(known.recovery or "", 0)
             if trained > known.level:  # by another that shares it: it costs no training
                 return number, self._until(trained - 1)
-        for level in range(max(1, len(self.rungs)), 0, -1):
-            best = self._best_of(level, closing)
-            if best is not None:
-                return best, self._until(level)
-        return self._likely() if closing else None
+        if closing:
+            best = self._likely(sorted(self.waiting))
+        else:
+            levels = range(len(self.rungs), 0, -1)
+            best = next((one for level in levels if (one := self._likely(self._best(level))) is not None), None)
+        return None if best is None else (best, self._until(self._known[best].level))
 
     def _until(self, level: int) -> float | None:
         """Returns the rung after so many of them."""
         return self.rungs[level] if level < len(self.rungs) else None
 
-    def _best_of(self, level: int, closing: bool) -> int | None:
-        """Returns the best proposal that waits at a rung, if it is one of the best of all that were seen there."""
-        here = [number for number in sorted(self.waiting) if self._known[number].level == level]
-        if not here:
-            return None
-        pool = [n for n in sorted(self._known) if level in self._known[n].at]
-        most = math.ceil(len(pool) / self.eta - _SLACK) if closing else math.floor(len(pool) / self.eta + _SLACK)
-        if most == 0:
-            return None
-        gains = self._gains(level)
-        ranks = self._prospects().ranks([Paused(self._known[n].at[level], gains) for n in pool])
-        best = sorted((rank, number) for rank, number in zip(ranks.tolist(), pool, strict=True) if rank >= 0)
-        return next((number for _, number in best[:most] if number in here), None)
+    def _best(self, level: int) -> list[int]:
+        """Returns the proposals that wait at a rung and are among the best 1/eta of all that were seen there."""
+        here = {number for number in self.waiting if self._known[number].level == level}
+        pool = [number for number in sorted(self._known) if level in self._known[number].at]
+        most = math.floor(len(pool) / self.eta + _SLACK)
+        if not here or most == 0:
+            return []
+        ranks = self._ranks(pool, level)
+        best = sorted((rank, number) for number, rank in ranks.items() if rank >= 0)
+        return [number for _, number in best[:most] if number in here]
 
-    def _likely(self) -> tuple[int, float | None] | None:
-        """Returns the proposal that most probably is on the final frontier, if the probability is enough."""
-        waiting = sorted(self.waiting)
-        known = [self._known[number] for number in waiting]
-        gains = {level: self._gains(level) for level in {one.level for one in known}}
-        found = self._prospects().probabilities([Paused(one.at[one.level], gains[one.level]) for one in known])
-        best = int(found.argmax())
-        return (waiting[best], self._until(known[best].level)) if found[best] >= LIKELY else None
+    def _likely(self, waiting: Sequence[int]) -> int | None:
+        """Returns the one of these that most probably is on the final frontier, if the probability is enough; of equal ones the one
+        that is furthest, then the one of the best rank."""
+        if not waiting:
+            return None
+        level = {number: self._known[number].level for number in waiting}
+        here = {one: [number for number in waiting if level[number] == one] for one in sorted(set(level.values()))}
+        paused = {one: self._paused(numbers, one) for one, numbers in here.items()}
+        order = [number for numbers in here.values() for number in numbers]
+        found = self._prospects().probabilities([one for of_level in paused.values() for one in of_level])
+        rank = {number: r for one, numbers in here.items() for number, r in self._ranks(numbers, one).items()}
+        key = {n: (-p, -level[n], rank[n], n) for n, p in zip(order, found.tolist(), strict=True) if p >= LIKELY}
+        return min(key, key=key.__getitem__, default=None)
+
+    def _ranks(self, numbers: Sequence[int], level: int) -> dict[int, int]:
+        found = self._prospects().ranks(self._paused(numbers, level)).tolist()
+        return dict(zip(numbers, found, strict=True))
+
+    def _paused(self, numbers: Sequence[int], level: int) -> list[Paused]:
+        gains = self._gains(level)
+        return [Paused(self._known[number].at[level], gains) for number in numbers]
 
     def _prospects(self) -> Prospects:
         finished = [metrics for metrics in self.outcomes.values() if metrics is not None]

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.ledger import Ledger
+from orchestrator.ledger.stopped import STOPPED
+from orchestrator.study.load import StudyRefused
 from orchestrator.study.schema import StudyConfig
 from orchestrator.sweep.driver_process import raised, start_code
 from orchestrator.sweep.marked import MARK, end_marked
@@ -61,6 +63,7 @@ def run_study(
     quiet: bool = False,
     runner: str = RUNNER,
     retry: Collection[str] = (),
+    finish: Collection[str] = (),
 ) -> StudyRun:
     """Runs a study to the end of its budget, or goes on with one that was interrupted.
 
@@ -75,21 +78,23 @@ def run_study(
         quiet: no progress on stderr.
         runner: dotted name of what runs a trial; another one is for benchmarks and tests.
         retry: failure classes whose recipes are asked again, as those of infrastructure failures always are.
+        finish: ids of trials that stand at a rung and are to be brought to their end, with the other seeds of their recipes.
 
     Raises:
         StudyBusy: another live driver runs it.
         StudyFailed: the baseline failed, or the run broke down again and again without a trial ending in between, or
             ``address`` is one of Ray Client.
-        StudyRefused: the folder holds a study with another question under the name, an objective cannot be measured, or no
-            technique can work on the model.
+        StudyRefused: the folder holds a study with another question under the name, an objective cannot be measured, no
+            technique can work on the model, or a trial of ``finish`` does not stand at a rung.
         Interrupted: a signal came before there was anything to save.
     """
     storage = open_storage(storage).url
     ledger = Ledger(open_storage(storage), config.name)
+    check_finish(ledger, finish)
     keeper = _Keeper(config, {"storage": storage, "address": address, "quiet": quiet})
     started, fruitless = time.monotonic(), 0
     with taken(keeper.signalled):
-        more: dict[str, Any] = {"runner": runner, "retry": list(retry)}
+        more: dict[str, Any] = {"runner": runner, "retry": list(retry), "finish": list(finish)}
         while True:
             before = _ended(ledger)
             done = keeper.drive("run_study", more)
@@ -142,6 +147,26 @@ def remeasure_study(
     if keeper.signal is not None:
         raise Interrupted(keeper.signal)
     raise StudyFailed(f"{keeper.loss}; what was measured is kept, the same command goes on")
+
+
+def check_finish(ledger: Ledger, trials: Collection[str]) -> None:
+    """Checks that trials stand at a rung, or are at their end already.
+
+    Raises:
+        StudyRefused: one is unknown or has failed.
+    """
+    if not trials:
+        return
+    rows = ledger.trials(["trial_id", "status"]).to_pylist()
+    known = {row["trial_id"]: row["status"] for row in rows}
+    bad = {trial: known.get(trial, "no trial of the study") for trial in trials}
+    bad = {trial: said for trial, said in bad.items() if said not in ("ok", STOPPED, *INFRASTRUCTURE)}
+    if bad:
+        said = ", ".join(f"{trial} is {status}" for trial, status in bad.items())
+        there = ", ".join(trial for trial, status in known.items() if status == STOPPED) or "none"
+        raise StudyRefused(
+            f"finish: must be trials that stand at a rung; {said}; of study {ledger.study} there stand: {there}"
+        )
 
 
 def _ended(ledger: Ledger) -> int:

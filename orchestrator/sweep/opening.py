@@ -10,9 +10,11 @@ from orchestrator.ledger.stopped import STOPPED
 from orchestrator.sampling.costs import Costs
 from orchestrator.sampling.recipes import Key, RecipeKeys
 from orchestrator.sampling.samplers import Question, make_sampler
+from orchestrator.study import constraints
 from orchestrator.study.schema import StudyConfig
 from orchestrator.study.space import SearchSpace
 from orchestrator.sweep import points
+from orchestrator.sweep.facts import BackgroundFacts
 from orchestrator.sweep.halving import Halving
 from orchestrator.sweep.searcher import Proposer
 from orchestrator.sweep.state import Sweep, stands_at_rung
@@ -37,26 +39,36 @@ def open_sweep(
     versions: Mapping[str, int],
     retry: Collection[str] = (),
     finish: Collection[str] = (),
+    facts: BackgroundFacts | None = None,
 ) -> Sweep:
     """Builds the sweep of a study from its ledger: what ended is told to Optuna, what was in flight is issued again, what stands
     at a rung waits there. The trials in ``finish``, and with them their recipes, are brought to their end.
 
     Trials that ended in an infrastructure failure are in flight as well: they say nothing about their recipe. So are those
-    that ended in a failure of a class in ``retry``.
+    that ended in a failure of a class in ``retry``. ``facts`` are what is known of recipes before they are trained.
     """
     space = SearchSpace(config.techniques, info, max_techniques=config.max_techniques)
+    limits = config.parsed_constraints()
+
+    def refusal(recipe: Recipe) -> str | None:
+        known = facts.of(recipe) if facts and limits and sweep.baseline else None
+        return space.fault(recipe) or (constraints.violation(known, sweep.baseline or {}, limits) if known else None)
+
     proposer = Proposer(
         space,
         config.objectives,
         config.parsed_constraints(),
-        make_sampler(config.sampler, _question(config, space, lambda: sweep.baseline)),
+        make_sampler(config.sampler, _question(config, space, lambda: sweep.baseline, refusal, facts)),
         first=config.known_good(),
         seed=config.sampler.seed,
+        refusal=refusal,
     )
     halving = Halving(
         config.rungs, config.eta, config.objectives, config.parsed_constraints(), outcomes=proposer.outcomes
     )
     sweep = Sweep(config, context, ledger, proposer, halving, versions, storage_url, token)
+    if facts is not None:
+        sweep.learnt = facts.learnt
     if retry:
         sweep.forgiven = ledger.accepted_attempts(context.digest, retry)
     known = sweep.rows = sweep.known(None)
@@ -83,11 +95,19 @@ def open_sweep(
     return sweep
 
 
-def _question(config: StudyConfig, space: SearchSpace, baseline: Callable[[], Mapping[str, float] | None]) -> Question:
+def _question(
+    config: StudyConfig,
+    space: SearchSpace,
+    baseline: Callable[[], Mapping[str, float] | None],
+    refusal: Callable[[Recipe], str | None],
+    facts: BackgroundFacts | None,
+) -> Question:
     """Returns what the sampler is told of a study.
 
     Args:
-        baseline: metrics of the uncompressed model, None before they are known.
+        baseline: returns the metrics of the uncompressed model, None before they are known.
+        refusal: says why a recipe is not run, or None.
+        facts: what is known of recipes before they are trained.
     """
     known = registry()
     keys = RecipeKeys(space)
@@ -108,8 +128,9 @@ def _question(config: StudyConfig, space: SearchSpace, baseline: Callable[[], Ma
         late={*DEVICE_BOUND, *(text for text, metric in limits.items() if metric in DEVICE_BOUND)},
         conversions=[t for t in space.axes if known[t].stage == "conversion"],
         reference=reference,
+        facts=facts,
         costs=Costs(trains),
-        possible=lambda recipe: space.fault(recipe) is None,
+        possible=lambda recipe: refusal(recipe) is None,
     )
 
 

@@ -33,6 +33,7 @@ class StudyRun:
         complete: the budget or the space was used up; False after an interruption or a used-up time budget.
         reason: why it stopped early, "" otherwise.
         hypervolume: of the final frontier, baseline-relative.
+        paused: trials that stand at a rung of their recovery training, which are ``done`` as well.
         signal: number of the signal that ended it, None without one.
     """
 
@@ -46,3 +47,4 @@ class StudyRun:
     hypervolume: float | None
     elapsed_s: float
     signal: int | None = None
+    paused: int = 0

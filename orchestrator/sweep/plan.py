@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from workers.tasks.description import DataDescription
 
 
-def describe_plan(config: StudyConfig, storage: str, *, here: bool = False) -> Iterator[str]:
+def describe_plan(config: StudyConfig, storage: str, *, here: bool = False, landscape: bool = False) -> Iterator[str]:
     """Yields the lines of a plan.
 
     Args:
         here: whether trials are to run on this machine, which must then have room for the model.
+        landscape: whether to say how large the models would be; it takes some seconds.
 
     Raises:
         TaskError, ModelError, OSError: the data or the model cannot be read.
@@ -50,6 +51,10 @@ def describe_plan(config: StudyConfig, storage: str, *, here: bool = False) -> I
     yield from _space_lines(config, space)
     for text in config.constraints:
         yield f"constraint: {text}"
+    if landscape and space.size():
+        from orchestrator.sweep import landscape as looked  # imports torch
+
+        yield from looked.lines(looked.look(config, context, space, store), config.parsed_constraints())
     yield from _resource_lines(config)
     if space.size() == 0:
         raise StudyRefused(

@@ -15,18 +15,18 @@ from orchestrator.words.labels import short_label
 
 def feasible(
     config: StudyConfig, proposer: Proposer, baseline: Mapping[str, float] | None
-) -> list[tuple[str, dict[str, float]]]:
-    """Returns (recipe label, metrics) of the baseline, which comes first, and of every feasible ok trial, seeds averaged."""
+) -> list[tuple[str | None, Mapping[str, float]]]:
+    """Returns (recipe hash, metrics) of the baseline, which comes first as None, and of every feasible ok trial, seeds averaged."""
     if baseline is None:
         return []
     limits = config.parsed_constraints()
-    found = [("baseline", dict(baseline))]
+    found: list[tuple[str | None, Mapping[str, float]]] = [(None, baseline)]
     for recipe, metrics in proposer.outcomes.items():
         if metrics is None:
             continue
-        values = constraints.derived(metrics, baseline)
+        values = constraints.derived(metrics, baseline) if limits else metrics
         if all(c.satisfied(values) for c in limits):
-            found.append((short_label(proposer.recipes[recipe], config.techniques), dict(metrics)))
+            found.append((recipe, metrics))
     return found
 
 
@@ -37,8 +37,8 @@ def best(config: StudyConfig, proposer: Proposer, baseline: Mapping[str, float] 
     for name, direction in config.objectives.items():
         pick = max if direction == "maximize" else min
         if found:
-            label, metrics = pick(found, key=lambda point: point[1][name])
-            values[name] = (metrics[name], label)
+            recipe, metrics = pick(found, key=lambda point: point[1][name])
+            values[name] = (metrics[name], short_label(proposer.recipes[str(recipe)], config.techniques))
     return values
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -15,6 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from orchestrator.ledger.status import format_failures
+from orchestrator.sweep.pace import Pace
 from orchestrator.sweep.state import Sweep
 from orchestrator.sweep.work import Snapshot
 from orchestrator.words.printable import printable
@@ -35,7 +35,7 @@ class Progress:
         self.quiet = quiet
         self.console = Console(file=sys.stderr, soft_wrap=True)
         self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal and not quiet else None
-        self._next = 0.0
+        self._pace = Pace(LIVE_S)
 
     def __enter__(self) -> Self:
         if self.live:
@@ -51,17 +51,19 @@ class Progress:
 
     def show(self, sweep: Sweep) -> None:
         """Draws the state of ``sweep`` if enough time has passed since the last drawing."""
-        now = time.monotonic()
-        if self.quiet or now < self._next:
+        if self.quiet or not self._pace.due:
             return
+        with self._pace.turn():
+            self._show(sweep)
+
+    def _show(self, sweep: Sweep) -> None:
         snapshot = sweep.snapshot()
         head, values, recipes = describe(snapshot, has_baseline=sweep.baseline is not None)
         if self.live:
-            self._next = now + LIVE_S
             lines = [Text(printable(line), no_wrap=True, overflow="ellipsis") for line in (head, *recipes)]
             self._write(partial(self.live.update, Group(*lines), refresh=True))
         else:
-            self._next = now + min(LOG_S[1], max(LOG_S[0], snapshot.elapsed_s / 20))
+            self._pace.shortest_s = min(LOG_S[1], max(LOG_S[0], snapshot.elapsed_s / 20))
             line = f"{head}; {values}" if values else head
             self.note(line if len(line) <= LOG_WIDTH else line[: LOG_WIDTH - 1] + "…")
 

@@ -110,8 +110,8 @@ class Prospects:
         return found
 
     def _keeps_constraints(self, one: Paused, expected: Mapping[str, float]) -> bool:
-        """What is not known yet breaks nothing, an accuracy before enough is known of gains among it."""
-        known = {n: v for n, v in expected.items() if one.is_judged or n not in ACCURACIES}
+        """What is not known yet breaks nothing: what is measured at the end, and an accuracy before enough is known of gains."""
+        known = {n: v for n, v in expected.items() if n in one.metrics and (one.is_judged or n not in ACCURACIES)}
         values = derived(known, self.baseline)
         return all(c.satisfied(values) for c in self.constraints if c.metric in values)
 
@@ -120,7 +120,7 @@ class Prospects:
     def probabilities(self, paused: Sequence[Paused]) -> Floats:
         """Returns how probable it is that each is on the frontier in the end, (n,): against what is finished and the others paused.
 
-        1 where too little is known of what trainings gain.
+        1 where too little is known of what trainings gain, and nothing that is known breaks a constraint.
         """
         draws = np.full((len(paused), len(self.objectives), DRAWS), np.nan)
         generator = np.random.default_rng(0)  # the same draws for the same rows: a successor decides alike
@@ -134,7 +134,8 @@ class Prospects:
             points = np.vstack([front, draws[:, :, world]])
             counts += dominance.nondominated(points, self.directions)[len(front) :]
         known = np.array([one.is_judged for one in paused], np.bool_)
-        return np.where(known, counts / DRAWS, 1.0)
+        fine = np.array([self._keeps_constraints(one, self._expected(one)) for one in paused], np.bool_)
+        return np.where(known, counts / DRAWS, fine)
 
     def _drawn(self, one: Paused, generator: np.random.Generator) -> dict[str, Floats]:
         """Returns (draws,) possible values at the end of each metric that matters; NaN where nothing is known."""

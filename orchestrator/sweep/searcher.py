@@ -204,6 +204,8 @@ class Proposer:
 
     def _names(self, recipe: Recipe) -> tuple[str, ...]:
         """Returns the hashes under which the outcome of a recipe may be known: its own, and those of the ones it is equal to."""
+        if not self.equals:  # nothing was found equal yet, and a space of something else than techniques has no surgery
+            return (recipe.hash,)
         surgery = _surgery(recipe)
         rest = recipe.steps[len(surgery.steps) :]
         return recipe.hash, *(Recipe(equal.steps + rest).hash for equal in self.equals.get(surgery.hash, ()))
@@ -280,7 +282,7 @@ class Proposer:
             metrics: found there, the means over its seeds.
         """
         self._again = [proposal for proposal in self._again if proposal.number != number]
-        known = {"fraction": fraction, "metrics": dict(metrics), "violations": self._violations(metrics)}
+        known: Any = {"fraction": fraction, "metrics": dict(metrics), "violations": self._violations(metrics)}
         self.study._storage.set_trial_system_attr(self._frozen(number)._trial_id, RUNG, known)
 
     def _answer(self, number: int, recipe: str, outcome: Mapping[str, float] | None) -> None:

@@ -68,6 +68,7 @@ class Sweep:
         waiting: trials that waited for the lane, or for another's stage, when the marks were last read.
         halving: which proposals stand at a rung of their recovery training, and which of these go on.
         spent: trial id to the seconds that its attempts took.
+        learnt: is told of each recipe that was trained.
         ended_works: how many works have come back, whatever became of them.
     """
 
@@ -92,6 +93,7 @@ class Sweep:
     issued: int = 0
     done_before: int = 0
     ended_works: int = 0
+    learnt: Callable[[Recipe], object] = lambda recipe: None
     spent: dict[str, Spent] = field(default_factory=dict)
     lost_count: Counter[str] = field(default_factory=Counter)
     lease: Lease | None = None
@@ -272,6 +274,7 @@ class Sweep:
             return
         status, metrics = self.rows[work.specs[0].trial_id]
         if status == "ok":
+            self.learnt(Recipe())
             self.baseline, self.baseline_at = metrics, time.monotonic()
             self.halving.baseline = metrics
         else:
@@ -284,6 +287,7 @@ class Sweep:
         else:
             self._tell(number, recipe)
             self.remember(number, recipe)
+            self.learnt(recipe)
 
     def rest(self, number: int, recipe: Recipe) -> None:
         """Takes that a proposal stands at a rung."""
@@ -383,7 +387,8 @@ class Sweep:
 
     def snapshot(self) -> Snapshot:
         """Returns the progress as of now."""
-        ended = [status for trial, (status, _) in self.rows.items() if trial not in self._open_trials()]
+        flying = {s.trial_id for w in self.open.values() for s in w.specs}
+        ended = [status for trial, (status, _) in self.rows.items() if trial not in flying]
         done = self.issued - len([w for w in [*self.open.values(), *self._retry] if w.number is not None])
         elapsed = time.monotonic() - self.started
         here = done - self.done_before
@@ -406,9 +411,6 @@ class Sweep:
             self.stopping or "",
             ended.count(STOPPED),
         )
-
-    def _open_trials(self) -> set[str]:
-        return {s.trial_id for w in self.open.values() for s in w.specs}
 
 
 def _key(work: Work) -> str:

@@ -11,6 +11,7 @@ import json
 import logging
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -20,7 +21,8 @@ from ray.tune.search import Searcher
 
 from orchestrator.ledger import LedgerError
 from orchestrator.sweep import after_search
-from orchestrator.sweep.frontier_history import write_frontier
+from orchestrator.sweep.batches import MOST, Batches, take_back, take_loss
+from orchestrator.sweep.frontier_history import FrontierHistory
 from orchestrator.sweep.lease_watch import LeaseWatch
 from orchestrator.sweep.nodes import Nodes, request
 from orchestrator.sweep.outcome import StudyFailed
@@ -37,9 +39,6 @@ RESTARTS_WITHOUT_PROGRESS = 3
 
 LOOK_S = 5.0
 """Seconds between two looks at Ray and at which trials wait."""
-
-FRONTIER_S = 5.0
-"""Seconds between two snapshots of the frontier while a study runs."""
 
 log = logging.getLogger("vitpareto")
 
@@ -58,7 +57,9 @@ def supervise(
             if address is not None:  # a local Ray is on this machine alone
                 nodes.ask_all()
             together = 1 if one_at_a_time else at_once(sweep.config, address)
-            broken = None if sweep.finished else _tune(sweep, lease, progress, runner, together, nodes, watch)
+            batches = Batches(1 if one_at_a_time or sweep.config.resources.gpus else MOST)
+            searcher = SweepSearcher(sweep, runner, nodes, batches)
+            broken = None if sweep.finished else _tune(searcher, lease, progress, together, watch)
             if broken is None:
                 if sweep.finished and runner == RUNNER and not sweep.paused:
                     _after_the_search(sweep, progress, nodes, watch)
@@ -82,8 +83,9 @@ def _blame(sweep: Sweep, broken: BaseException) -> bool:
     culprit = memory_culprit(str(cause))
     in_flight = list(sweep.open.values())
     found = False
+    marks = _marks(sweep)
     for work in in_flight:
-        pids = {mark.get("pid") for mark in _whereabouts(sweep, work)}
+        pids = {mark.get("pid") for mark in _of(work, marks)}
         if cause is not None and (culprit in pids or (culprit is None and len(in_flight) == 1)):
             found = True
             sweep.lost(work, "host_oom", f"killed by Ray's memory monitor: {cause}")
@@ -92,24 +94,27 @@ def _blame(sweep: Sweep, broken: BaseException) -> bool:
     return found or cause is None
 
 
-def _whereabouts(sweep: Sweep, work: Work) -> list[dict[str, Any]]:
-    """Returns where the trials of ``work`` run, as far as they have started."""
+def _marks(sweep: Sweep) -> dict[str, dict[str, Any]]:
+    """Returns where trials run, as far as they have started."""
     try:
-        marks = sweep.ledger.running()
+        return sweep.ledger.running()
     except OSError:  # no mark can be read; the sweep meets the same and pauses
-        return []
+        return {}
+
+
+def _of(work: Work, marks: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return [marks[s.trial_id] for s in work.specs if s.trial_id in marks]
 
 
 def _tune(
-    sweep: Sweep, lease: Lease, progress: Progress, runner: str, at_once: int, nodes: Nodes, watch: Watch | None
+    searcher: SweepSearcher, lease: Lease, progress: Progress, at_once: int, watch: Watch | None
 ) -> BaseException | None:
     """One Tuner run; returns what broke it, or None."""
+    sweep, nodes = searcher.sweep, searcher.nodes
     config = sweep.config
     resources: dict[str, float] = {"CPU": config.resources.cpus, "GPU": config.resources.gpus}
     if config.resources.memory is not None:
         resources["memory"] = config.resources.memory
-    searcher = SweepSearcher(sweep, runner, nodes)
     supervisor = Supervisor(sweep, searcher, LeaseWatch(sweep, lease), progress, nodes, watch)
     with tempfile.TemporaryDirectory(prefix="vitpareto-tune-", ignore_cleanup_errors=True) as folder:
         tuner = tune.Tuner(
@@ -145,23 +150,31 @@ class _NotPickled:
 class SweepSearcher(_NotPickled, Searcher):
     """Hands the sweep's work to Tune and takes back what its trials report."""
 
-    def __init__(self, sweep: Sweep, runner: str, nodes: Nodes) -> None:
+    def __init__(self, sweep: Sweep, runner: str, nodes: Nodes, batches: Batches) -> None:
         super().__init__(metric=None, mode=None)
-        self.sweep, self.runner, self.nodes = sweep, runner, nodes
-        self.works: dict[str, Work] = {}
+        self.sweep, self.runner, self.nodes, self.batches = sweep, runner, nodes, batches
+        self.works: dict[str, list[Work]] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
-        """Returns the next work as a Tune config, None to wait, or FINISHED."""
-        work = self.sweep.next_work()
-        if work is not None:
-            self.works[trial_id] = work
-            return {"work": json.dumps(work.to_dict(self.runner)), "blind": sorted(self.nodes.blind)}
+        """Returns the next works as a Tune config, None to wait, or FINISHED."""
+        works: list[Work] = []
+        size = self.batches.size(len(self.sweep.rows))
+        while len(works) < size and (work := self.sweep.next_work()) is not None:
+            works.append(work)
+        if works:
+            self.works[trial_id] = works
+            return {
+                "works": json.dumps([work.to_dict(self.runner) for work in works]),
+                "blind": sorted(self.nodes.blind),
+            }
         return str(self.FINISHED) if self.sweep.finished else None
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Takes the outcomes of a trial; a lost one is left to :meth:`Supervisor.on_trial_error`, which knows the cause."""
         if not error and result is not None and "outcomes" in result:
-            self.sweep.ended(self.works.pop(trial_id), json.loads(result["outcomes"]))
+            found = json.loads(result["outcomes"])
+            self.batches.note([seconds for _, seconds in found])
+            take_back(self.sweep, self.works.pop(trial_id), [outcomes for outcomes, _ in found])
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the ledger has it."""
@@ -184,25 +197,26 @@ class Supervisor(_NotPickled, tune.Callback):
     ) -> None:
         self.sweep, self.searcher, self.progress, self.nodes, self.watch = sweep, searcher, progress, nodes, watch
         self.lease = lease
-        self._drawn = self._looked = time.monotonic()
-        self._works = 0
+        self.history = FrontierHistory(sweep)
+        self._looked = time.monotonic()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A worker is gone (a trial itself never raises): records why and lets the sweep decide about a retry."""
-        work = self.searcher.works.pop(trial.trial_id, None)
-        if work is None:
+        works = self.searcher.works.pop(trial.trial_id, None)
+        if works is None:
             return
-        reason = loss_reason(trial)
+        reason, marks = loss_reason(trial), _marks(self.sweep)
         blind = blind_node(reason)
         if blind is None:
-            kind = loss_class(reason, _whereabouts(self.sweep, work))
+            kind = loss_class(reason, [mark for work in works for mark in _of(work, marks)])
         elif blind[0] in trial.config["blind"]:  # Ray put it there all the same
             kind = "storage_fault"
         else:
             self.nodes.leave_out(*blind)
-            self.sweep.again(work)
+            for work in works:
+                self.sweep.again(work)
             return
-        self.sweep.lost(work, kind, reason)
+        take_loss(self.sweep, works, kind, reason, marks)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Every turn of Tune's loop."""
@@ -214,15 +228,12 @@ class Supervisor(_NotPickled, tune.Callback):
             self._looked = time.monotonic()
             self._look()
         self.progress.show(self.sweep)
-        now = time.monotonic()
-        if not secure or now - self._drawn <= FRONTIER_S:
+        if not secure:
             return
-        if self.sweep.ended_works != self._works and self.sweep.baseline is not None:
-            self._drawn, self._works = now, self.sweep.ended_works
-            try:
-                write_frontier(self.sweep)
-            except (OSError, LedgerError) as error:
-                log.warning("the frontier could not be written, the next one will be: %s", error)
+        try:
+            self.history.turn()
+        except (OSError, LedgerError) as error:
+            log.warning("the frontier could not be written, the next one will be: %s", error)
 
     def _look(self) -> None:
         """Every few seconds: whether Ray still counts on this node, and which trials wait."""

@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
@@ -19,6 +19,7 @@ from ray import tune
 
 from orchestrator.ledger import Ledger, attempt_row
 from orchestrator.ledger.spent import spent
+from orchestrator.sweep.batches import BATCH_S
 from orchestrator.sweep.worker_failures import blind_words
 from workers.node.deadline import waiting_s
 from workers.node.identity import identity
@@ -32,6 +33,26 @@ trial runs does not count towards the timeout, and is bounded by that trial's ow
 
 MARK_S = 3.0
 """Shortest wait that is told, and seconds between two looks: between chunks of training the lane is waited for all the time."""
+
+
+def run_works(works: Sequence[Mapping[str, Any]]) -> list[tuple[list[dict[str, Any]], float]]:
+    """Runs works one after another, each as :func:`run_specs` does: its attempts are written before the next one starts.
+
+    Returns:
+        Outcomes and seconds of each work that was started, in order. None is started after :data:`BATCH_S`, nor after a fault of
+        the storage: those are the driver's again.
+    """
+    found: list[tuple[list[dict[str, Any]], float]] = []
+    began = time.monotonic()
+    for work in works:
+        started = time.monotonic()
+        if found and started - began > BATCH_S:
+            break
+        outcomes = run_specs(work)
+        found.append((outcomes, time.monotonic() - started))
+        if outcomes and outcomes[-1]["status"] == "storage_fault":
+            break
+    return found
 
 
 def run_specs(work: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -168,25 +189,25 @@ class _Watchdog:
 
 
 class TrialTrainable(tune.Trainable):
-    """One Tune trial = one proposal = one call of :meth:`step`."""
+    """One Tune trial = one call of :meth:`step` = one proposal, or several short ones (batches.py)."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Takes the proposal; the heavy imports happen in the first step and stay for the next where actors are reused."""
-        self.work = json.loads(config["work"])
+        """Takes the proposals; the heavy imports happen in the first step and stay for the next where actors are reused."""
+        self.works = json.loads(config["works"])
 
     def step(self) -> dict[str, Any]:
-        """Runs the proposal to its end.
+        """Runs the proposals to their end.
 
         Raises:
             StorageNotSeen: this node does not see the study's storage; the driver reads which one from the text.
         """
         try:
-            return {"outcomes": json.dumps(run_specs(self.work)), "done": True}
+            return {"outcomes": json.dumps(run_works(self.works)), "done": True}
         except StorageNotSeen as error:
             raise StorageNotSeen(blind_words(str(error), _node())) from None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Takes the next proposal in the same process."""
+        """Takes the next proposals in the same process."""
         self.setup(new_config)
         return True
 

@@ -74,11 +74,13 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     with torch.no_grad():
         head = model.get_submodule("head")
         head.bias.add_(float("nan") if config.kind == "nan" else config.level * 1e-3)
-    resolved = {"uneven": config.kind == "uneven"}
+    resolved = {"uneven": config.kind == "uneven", "level": config.level}
     return Applied(_rebuild(model, resolved), resolved, ["head.bias"])
 
 
 def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
+    """Copies of one model, each measured for itself: what nothing computes with still parts their structures."""
+    model.register_buffer("level", torch.zeros(resolved["level"]), persistent=False)
     if resolved["uneven"]:
         model.forward = MethodType(uneven, model)
     return model

@@ -81,17 +81,32 @@ def pack(
         ArtefactError: the model holds a meta tensor.
         ValueError, TypeError: ``steps`` or ``extra`` are not plain JSON values.
     """
-    stored, aliases = _unique(_tensors(model))
-    data = safetensors.torch.save(stored)
+    stored, aliases = contents(model)
+    for name, tensor in stored.items():
+        if tensor.is_meta:
+            raise ArtefactError(f"artefact: tensor {name} is on the meta device and has no values to store")
+    data = safetensors.torch.save({name: tensor.cpu() for name, tensor in stored.items()})
+    file = {"file": tensors, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    return {tensors: data, MANIFEST: manifest_bytes(model_description, steps, file, aliases, extra)}
+
+
+def manifest_bytes(
+    model: Mapping[str, Any],
+    steps: Sequence[Mapping[str, Any]],
+    tensors: Mapping[str, Any],
+    aliases: Mapping[str, str],
+    extra: Mapping[str, Any] | None,
+) -> bytes:
+    """Returns the manifest as it is written; ``tensors`` has ``file``, ``sha256`` and ``bytes``, for the others see :func:`pack`."""
     manifest = {
         "schema": SCHEMA,
-        "model": dict(model_description),
+        "model": dict(model),
         "steps": [dict(step) for step in steps],
-        "tensors": {"file": tensors, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)},
-        "aliases": aliases,
+        "tensors": dict(tensors),
+        "aliases": dict(aliases),
         "extra": dict(extra or {}),
     }
-    return {tensors: data, MANIFEST: canonical_json(manifest).encode()}
+    return canonical_json(manifest).encode()
 
 
 def save_to(storage: Storage, prefix: str, files: Mapping[str, bytes]) -> None:
@@ -119,13 +134,15 @@ def _non_persistent(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name not in persistent}
 
 
+def contents(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the tensors to store, where they lie, and {name: name of the stored one} for those that share its memory."""
+    return _unique(_tensors(model))
+
+
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns every tensor that makes the model: state dict and non-persistent buffers, on the CPU."""
+    """Returns every tensor that makes the model: state dict and non-persistent buffers, where they lie."""
     tensors = {**model.state_dict(), **_non_persistent(model)}
-    for name, tensor in tensors.items():
-        if tensor.is_meta:
-            raise ArtefactError(f"artefact: tensor {name} is on the meta device and has no values to store")
-    return {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
 def _unique(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -134,7 +151,8 @@ def _unique(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     stored: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape))
+        # The storage itself: on the meta device it has no address.
+        place = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.dtype, tuple(tensor.shape))
         owner = first.setdefault(place, name) if tensor.numel() else name
         if owner != name:
             aliases[name] = owner

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from workers.measuring.against_baseline import Subject, half_width, measure_spee
 from workers.measuring.made_inputs import make_inputs
 from workers.measuring.peak_memory import NotTellable, PeakMemory, peak_memory
 from workers.measuring.strong_baseline import StrongBaseline
+from workers.measuring.structure import structure
 from workers.metrics import METRICS, SPEEDS
 from workers.node.conditions import device_conditions, device_name, threads
 from workers.node.storage import StorageFault
@@ -81,9 +82,30 @@ class Quantities:
         """The measurement section of the context."""
         return self.bench.context.measurement
 
+    def prepare(self) -> None:
+        """Loads what is measured against, so that nobody waits for that in the lane."""
+        if not self.is_baseline:
+            _ = self._baseline
+
+    @cached_property
+    def _baseline(self) -> nn.Module:
+        return self.bench.load(self.bench.baseline_key)
+
     def _subject(self) -> Subject:
-        baseline = self.bench.load(self.bench.baseline_key)
-        return Subject(self.model, baseline, self.key, self.settings, self.bench.task.info, self.bench.device)
+        return Subject(self.model, self._baseline, self.key, self.settings, self.bench.task.info, self.bench.device)
+
+    def unit(self) -> list[object] | None:
+        """Returns the strong baselines that this trial's speeds are multiples of, None where the study has not all of them yet."""
+        kinds = [kind for kind, objective in SPEEDS.items() if objective in self.spec.objectives]
+        if not all(self.bench.storage.exists(self._strong_file(kind)) for kind in kinds):
+            return None
+        return [[kind, s.way, s.value, s.batch] for kind in kinds for s in (self.strong(kind),)]
+
+    def structure(self) -> str | None:
+        """Returns what the timed model's speed depends on; see :func:`workers.measuring.structure.structure`."""
+        inputs = partial(make_inputs, self.bench.task.info, self.bench.device)
+        with threads(int(self.settings["threads"])):
+            return structure(self.model.eval(), inputs)
 
     # --- speed --------------------------------------------------------------------------------------------------------
 

@@ -243,6 +243,9 @@ class Technique:
         simulated: (config, device kind: ``cpu`` or ``cuda``) -> True where weights are really small but no kernel multiplies
             them so on such a device: no speed may be claimed.
         info_after: (info, config) -> info of the changed model, so that later steps are checked against it.
+        foresee: (model, config, surroundings) -> what ``apply`` would resolve of a model without values, on the meta device, which
+            it leaves as it is. For a technique whose ``apply`` asks for values (scales, ranges) that decide no dimension; for
+            others ``apply`` itself tells, see :mod:`workers.techniques.foresight`.
         models: families of models that it works on, keys of :mod:`workers.models`; on others it is infeasible.
         new_family: the record of ``family`` where it is none of the built-in ones.
         rules: what it may not be combined with, and what it may in spite of a rule of its family.
@@ -271,6 +274,7 @@ class Technique:
     calibrate: Callable[[nn.Module, Any, Surroundings], None] | None = None
     simulated: Callable[[Any, str], bool] = field(default=lambda config, device: False)
     info_after: Callable[[ModelInfo, Any], ModelInfo] = field(default=lambda info, config: info)
+    foresee: Callable[[nn.Module, Any, Surroundings], dict[str, Any]] | None = None
     models: tuple[str, ...] = ("timm",)
     new_family: Family | None = None
     rules: tuple[Rule, ...] = ()

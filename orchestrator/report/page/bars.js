@@ -5,6 +5,7 @@ function startBars() {
   onChange((what) => { if (what === "theme") drawProgress(); });
   drawProgress();
   drawTechniques();
+  drawStopped();
   drawFailures();
 }
 
@@ -64,6 +65,21 @@ function drawTechniques() {
       element("td", {}, bar(r.lost / most, r.recipes ? percent(r.lost) : "not used")),
       element("td", { class: "number" }, String(r.recipes)),
       element("td", { class: "number" }, String(r.certain)))))));
+}
+
+function drawStopped() {
+  if (!data.stopped.length) return;
+  byId("stopped").hidden = false;
+  byId("stopped-note").textContent = "Their recovery training was paused where the others promised more. Numbers are those found there; the command brings one to its end.";
+  const found = [...new Set(data.stopped.flatMap((s) => Object.keys(s.found)))];
+  byId("stopped-list").replaceChildren(element("table", { class: "bars failures" },
+    element("thead", {}, element("tr", {}, ...["recipe", "stopped at", ...found, "cost"].map((t) => element("th", { scope: "col" }, t)))),
+    element("tbody", {}, ...data.stopped.map((s) => element("tr", {},
+      element("th", { scope: "row" }, s.label,
+        element("code", { class: "aside" }, `vitpareto resume ${quoted(data.study)} --finish ${s.trial}${data.option}`)),
+      element("td", { class: "number" }, s.rung),
+      ...found.map((name) => element("td", { class: "number" }, s.found[name] || "")),
+      element("td", { class: "number" }, s.cost))))));
 }
 
 function drawFailures() {

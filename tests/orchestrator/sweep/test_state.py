@@ -64,7 +64,9 @@ class Bench:
         self.context = self.config.context()
         self.ledger = Ledger(self.storage, "s")
 
-    def open(self, config: StudyConfig | None = None, retry: Collection[str] = ()) -> Sweep:
+    def open(
+        self, config: StudyConfig | None = None, retry: Collection[str] = (), finish: Collection[str] = ()
+    ) -> Sweep:
         return open_sweep(
             config or self.config,
             self.context,
@@ -74,6 +76,7 @@ class Bench:
             token="",
             versions=versions(),
             retry=retry,
+            finish=finish,
         )
 
     def run(self, sweep: Sweep, most: int = 100) -> list[Work]:

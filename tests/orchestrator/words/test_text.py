@@ -12,6 +12,7 @@ import pytest
 
 from orchestrator.words.labels import short_label
 from orchestrator.words.rows import format_rows
+from orchestrator.words.spent_seconds import spent_text
 from orchestrator.words.units import format_seconds
 from workers.trial import STATUSES, Recipe, Step
 
@@ -85,3 +86,9 @@ def test_a_table_fits_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert label in whole.getvalue()
     assert "\x1b" not in whole.getvalue()
     assert all(line == line.rstrip() for line in whole.getvalue().splitlines())
+
+
+def test_where_the_time_went() -> None:
+    assert spent_text({}) == ""
+    text = spent_text({"lane_wait": 23.0, "train": 42.0, "measure": 34.7, "stage_wait": 0.3})
+    assert text == "1 min 40 s in trials: training 42 %, measuring 35 %, waiting for the lane 23 %"

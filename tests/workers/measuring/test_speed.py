@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from tests import sleepers
 from tests.clocks import Clock
 from tests.sleepers import Sleeper
 from tests.studies import tiny_study
-from workers.measuring import strong_baseline
+from workers.measuring import known_speeds, strong_baseline
 from workers.measuring.against_baseline import Subject, half_width, make_inputs, measure_speed
 from workers.measuring.protocols import PROTOCOLS
 from workers.measuring.strong_baseline import PROCESS_SIGMA, StrongBaseline, corrected, noise_of, settled, with_noise
 from workers.metrics import METRICS
 from workers.node.conditions import dtypes, fused
-from workers.run import run_remeasure, run_trial
+from workers.node.deadline import Deadline
+from workers.run import run_remeasure, run_trial, workbench
 from workers.stages.graph import compile_recipe
 from workers.tasks import TaskInfo
 from workers.techniques import registry, versions
@@ -292,6 +294,54 @@ def test_a_remeasurement_adds_records_of_the_same_artefact(root: Path, baseline_
     assert run_remeasure(spec(root, {})) == ()  # the unit is not measured against itself
 
 
+def test_the_speed_of_an_equal_structure_is_taken_over_and_not_measured_again(
+    root: Path, baseline_row: TrialResult
+) -> None:
+    """Two trainings of one structure: what was learnt differs, what runs does not."""
+    assert baseline_row.status == "ok"
+    pruned = {"head_ratio": 0.0, "mlp_ratio": 0.5, "round_to": 1}
+    first, second, slower = (
+        run_trial(replace(spec(root, {"magnitude_prune": {**pruned, "mlp_ratio": ratio}}), seed=seed, trial_id=name))
+        for ratio, seed, name in ((0.5, 0, "first0"), (0.5, 1, "second"), (0.25, 0, "other0"))
+    )
+    assert {r.status for r in (first, second, slower)} == {"ok"}
+    assert first.artefact != second.artefact
+    assert second.conditions["speed_of"] == "first0"
+    speeds = [n for n in first.metrics if n.startswith(("latency", "throughput"))]
+    assert len(speeds) == 9
+    assert {n: second.metrics[n] for n in speeds} == {n: first.metrics[n] for n in speeds}
+    assert [m.kind for m in second.measurements] == ["accuracy_search"], "no second sample of one measurement"
+    assert second.seconds["measure"] < 0.5 * first.seconds["measure"]
+    assert "speed_of" not in slower.conditions
+    assert {m.kind for m in slower.measurements} >= {"latency", "throughput"}
+    again = run_trial(replace(spec(root, {"magnitude_prune": pruned}), trial_id="first0"))
+    assert "speed_of" not in again.conditions, "a trial that is run again is measured again"
+
+
+def test_speeds_are_shared_within_one_question_only(root: Path, baseline_row: TrialResult) -> None:
+    """Another unit, device, library or study is another question."""
+    assert baseline_row.status == "ok"
+    bench = workbench(spec(root, {}), Deadline(None), {})
+    asked = spec(root, {"tome": {"r": 1}})
+    names = {
+        known_speeds.question(bench, asked, "s", [["latency", "fp32", 1.0, 1]]),
+        known_speeds.question(bench, asked, "t", [["latency", "fp32", 1.0, 1]]),
+        known_speeds.question(bench, asked, "s", [["latency", "fp32", 1.5, 1]]),
+        known_speeds.question(bench, replace(asked, study="another"), "s", [["latency", "fp32", 1.0, 1]]),
+        known_speeds.question(bench, replace(asked, storage_token="another"), "s", [["latency", "fp32", 1.0, 1]]),
+        known_speeds.question(
+            bench, replace(asked, objectives=("latency_ms_p50",)), "s", [["latency", "fp32", 1.0, 1]]
+        ),
+    }
+    for changed in ({"threads": 2}, {"compile": True}, {"protocol": "standard"}):
+        context = replace(asked.context, measurement={**asked.context.measurement, **changed})
+        names.add(known_speeds.question(bench, replace(asked, context=context), "s", [["latency", "fp32", 1.0, 1]]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(known_speeds, "device_conditions", lambda device: {"device_name": "another", "torch": "2"})
+        names.add(known_speeds.question(bench, asked, "s", [["latency", "fp32", 1.0, 1]]))
+    assert len(names) == 10
+
+
 def test_a_simulated_quantiser_alone_runs_at_the_baselines_own_speed(root: Path, baseline_row: TrialResult) -> None:
     alone = run_trial(spec(root, {"weight_only": {"bits": 3}}))
     assert alone.status == "ok", alone.failure
@@ -333,7 +383,8 @@ def test_a_simulated_quantiser_leaves_the_precision_beside_it(
     assert {run.key for run in result.stages} == {stage.key for stage in own + twin}
     speeds = [m for m in result.measurements if m.kind in ("latency", "throughput")]
     again = run_remeasure(asked)
-    assert [m.kind for m in (*speeds, *again)] == ["latency", "throughput"] * 2
+    taken = "speed_of" in result.conditions  # of a recipe whose timed model is the same
+    assert [m.kind for m in (*speeds, *again)] == ["latency", "throughput"] * (1 if taken else 2)
     for measured in (*speeds, *again):
         assert measured.conditions["dtype"] == "bfloat16"
         assert measured.artefact == own[-1].key

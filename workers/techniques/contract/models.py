@@ -106,6 +106,16 @@ def classes(variant: str) -> int:
     return JOINT_CLASSES if variant in JOINT else CLASSES
 
 
+def without_values(variant: str) -> Surroundings:
+    """What :mod:`workers.techniques.foresight` gives: batches and a teacher on the meta device, which have shapes and no values."""
+
+    def batches() -> Iterator[tuple[Any, Tensor]]:
+        yield inputs(variant).to("meta"), torch.zeros(4, dtype=torch.int64, device="meta")
+
+    generator = torch.Generator().manual_seed(0)
+    return Surroundings(torch.device("meta"), 0, generator, batches, lambda: build(variant, device="meta"))
+
+
 def surroundings(model: nn.Module, seed: int = 0, variant: str = "class") -> Surroundings:
     """Two batches of noise, and a copy of the model as the teacher."""
     teacher = copy.deepcopy(model)

@@ -8,8 +8,9 @@ import tempfile
 import torch
 
 from workers import artefact, models
-from workers.techniques.contract.models import build, describe
+from workers.techniques.contract.models import build, describe, without_values
 from workers.techniques.contract.subject import Check, Subject, layout, require, require_same, require_same_tensors
+from workers.techniques.foresight import NotForeseen, finish, foresee
 from workers.techniques.record import Applied, make_config
 
 
@@ -81,6 +82,20 @@ def _require_reload(subject: Subject, applied: Applied, when: str) -> None:
     require_same(subject.logits(loaded), subject.logits(model), f"{when}saved and loaded, the logits{also}")
 
 
+def what_is_foreseen_happens(subject: Subject) -> None:
+    """What it resolves of a model without values, training included, is what it resolves of one with values."""
+    technique, config = subject.technique, make_config(subject.technique.Config, subject.sample)
+    try:
+        told = foresee(technique, build(subject.variant, device="meta"), config, without_values(subject.variant))
+        (foreseen,) = finish(told[0], [(technique, config)], [told[1]])
+    except NotForeseen:
+        return  # weights, images or the training decide, which is nobody's fault
+    applied = subject.apply()
+    more = {} if technique.finalise is None else technique.finalise(applied.model, config)
+    found = {**applied.resolved, **more}
+    require(foreseen == found, f"foresee says {foreseen}, apply resolves {found}")
+
+
 def check_gives_a_reason_or_none(subject: Subject) -> None:
     """``check`` judges defaults and the sample on both kinds of devices, and has nothing against the sample on the CPU."""
     technique = subject.technique
@@ -115,6 +130,7 @@ ON_EVERY_VARIANT: tuple[Check, ...] = (
     tensors_lie_row_by_row,
     what_is_saved_comes_back,
     what_is_finished_comes_back,
+    what_is_foreseen_happens,
     check_gives_a_reason_or_none,
     facts_are_those_of_the_model,
 )

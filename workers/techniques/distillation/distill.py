@@ -242,8 +242,13 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
 
 
 def _another(vit: Any, config: Config, surroundings: Surroundings) -> nn.Module:
-    """Returns another architecture for the same data, on the model's device; random weights are drawn afterwards."""
+    """Returns another architecture for the same data, on the model's device; random weights are drawn afterwards.
+
+    Of a model without values neither has any, so that nothing is fetched.
+    """
     facts = (config.architecture, vit.num_classes, vit.in_chans, vit.patch_embed.img_size[0])
+    if vit.patch_embed.proj.weight.is_meta:
+        return named(*facts, device="meta").train(vit.training)
     with torch.random.fork_rng(devices=[]):  # timm draws from the global generator
         torch.manual_seed(surroundings.seed)
         student = named(*facts, device="cpu", pretrained=config.init == "pretrained")

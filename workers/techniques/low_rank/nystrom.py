@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from workers.techniques.low_rank.shared_attention import (
     LowRankAttention,
+    as_written,
     attention_fault,
     attention_names,
     replace_attention,
@@ -89,7 +90,7 @@ def nystrom_attention(q: Tensor, k: Tensor, v: Tensor, landmarks: int, iteration
     summary = F.scaled_dot_product_attention(ql, k, v, scale=scale)
     # 8 bits of mantissa do not converge; autocast would bring them back.
     wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with as_written(q.device):
         core = (ql.to(wide) @ kl.to(wide).transpose(-1, -2) * scale).softmax(dim=-1)
         summary = (pseudo_inverse(core, iterations) @ summary.to(wide)).to(q.dtype)
     return F.scaled_dot_product_attention(q, kl, summary, scale=scale)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.techniques.low_rank.shared_attention import (
+    as_written,
     attention_fault,
     attention_names,
     replace_attention,
@@ -61,7 +62,7 @@ def performer_attention(
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     narrow = wide if v.dtype == torch.float16 else v.dtype
-    with torch.autocast(q.device.type, enabled=False):
+    with as_written(q.device):
         queries, keys, _ = positive_features(q.to(wide), k.to(wide), projection.to(wide), scale)
         if size is not None:
             keys = keys * size[:, None].to(wide)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workers.techniques.low_rank.shared_attention import (
+    as_written,
     attention_fault,
     attention_names,
     replace_attention,
@@ -124,7 +125,7 @@ def scatterbrain_attention(
         (B, H, N, D) in the type of v.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with as_written(q.device):
         wq, wk, wv = q[:, :, prefix:].to(wide), k.to(wide), v.to(wide)
         everywhere = wk[:, :, :prefix], wv[:, :, :prefix]
         patches = local_and_rest(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, cast
 
+import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
@@ -62,6 +64,11 @@ class LowRankAttention(nn.Module, ABC):
         if attn_mask is not None or is_causal:
             raise ValueError(f"{self.technique}: attention masks are not possible, there is no N by N map to mask")
         return self.join(x, self.mix(*self.split(x)))
+
+
+def as_written(device: torch.device) -> AbstractContextManager[object]:
+    """Returns a block in which autocast narrows nothing; on the meta device, which autocast refuses, there is nothing to narrow."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def attention_fault(info: ModelInfo) -> str | None:

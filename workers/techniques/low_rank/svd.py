@@ -45,7 +45,7 @@ class Config:
         1.0,
         0.01,
         search=(1.0, 1.0, 0.01),
-        doc="share of the squared singular values that is enough for a layer",
+        doc="share of the squared singular values that is enough for a layer; 1 asks for none, keep decides",
     )
     layers: str = choice("all", CHOICES, search=("all", "mlp"), doc="which layers of the blocks")
     round_to: int = choice(8, (1, 4, 8, 16), search=(8,), doc="ranks are a multiple of this")
@@ -151,18 +151,31 @@ def _check(info: ModelInfo, config: Config) -> str | None:
 def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Applied:
     """Replaces the linear layers in place, where that saves weights."""
     ranks: dict[str, int] = {}
-    for name, linear in block_linears(model, config.layers).items():
-        most = rank_for_share(linear.out_features, linear.in_features, config.keep, config.round_to)
-        if most is None or config.keep == config.energy == 1:
-            continue
+    for name, (linear, most) in _chosen(model, config).items():
         surroundings.tick()
         parts = decompose(linear.weight)
-        rank = rank_for_energy(parts[1], config.energy, config.round_to)
+        rank = most if config.energy == 1 else rank_for_energy(parts[1], config.energy, config.round_to)
         if rank > most and config.keep == 1:
             continue
         ranks[name] = rank = min(rank, most)
         model.set_submodule(name, factored(linear, rank, parts))
     return Applied(model, {"ranks": ranks}, list(ranks))
+
+
+def _chosen(model: nn.Module, config: Config) -> dict[str, tuple[nn.Linear, int]]:
+    """Returns by name the layers that factors can make smaller, with the largest rank that ``keep`` allows."""
+    if config.keep == config.energy == 1:
+        return {}
+    found = block_linears(model, config.layers).items()
+    ranks = {n: rank_for_share(x.out_features, x.in_features, config.keep, config.round_to) for n, x in found}
+    return {name: (linear, most) for name, linear in found if (most := ranks[name]) is not None}
+
+
+def _foresee(model: nn.Module, config: Config, surroundings: Surroundings) -> dict[str, Any]:
+    """Raises ValueError where singular values decide."""
+    if config.energy < 1:
+        raise ValueError(f"energy={config.energy:g}: the ranks are decided by the weights' singular values")
+    return {"ranks": {name: most for name, (_, most) in _chosen(model, config).items()}}
 
 
 def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
@@ -175,11 +188,12 @@ def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
 TECHNIQUE = Technique(
     name="svd",
     family="low_rank_weights",
-    version=1,
+    version=2,
     Config=Config,
     stage="surgery",
     apply=_apply,
     rebuild=_rebuild,
+    foresee=_foresee,
     check=_check,
     identity={"keep": 1.0},
     trains=lambda config: config.recover,

@@ -171,8 +171,9 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     changed = []
     layers = kept_whole(len(vit.blocks), config.depth_ratio)
     channels = kept_dims(vit.embed_dim, config.embed_ratio, config.round_to)
-    kept: list[int] = largest(torch.tensor([block_magnitude(block) for block in vit.blocks]), layers).tolist()
+    kept = list(range(layers))
     if layers < len(vit.blocks):
+        kept = largest(torch.tensor([block_magnitude(block) for block in vit.blocks]), layers).tolist()
         keep_blocks(vit, kept)
         changed.append("blocks")
     strengths = channel_magnitudes(vit) if channels < vit.embed_dim else torch.empty(0)

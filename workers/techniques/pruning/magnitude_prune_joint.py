@@ -18,9 +18,10 @@ def apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appli
     """Prunes the layers that see both modalities, in place."""
     parts: Any = model
     changed = []
-    strengths = torch.tensor([joint.layer_magnitude(layer) for layer in parts.layers])
-    kept: list[int] = largest(strengths, kept_whole(len(strengths), config.depth_ratio)).tolist()
-    if len(kept) < len(strengths):
+    count = kept_whole(len(parts.layers), config.depth_ratio)
+    kept = list(range(count))
+    if count < len(parts.layers):
+        kept = largest(torch.tensor([joint.layer_magnitude(layer) for layer in parts.layers]), count).tolist()
         joint.keep_layers(model, kept)
         changed.append("layers")
     for i, layer in enumerate(parts.layers):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from workers.techniques.quantisation.shared_affine import KernelLinear, linears, symmetric_int8
 from workers.techniques.quantisation.shared_packed_embeddings import pack_embeddings, rebuild_embeddings
-from workers.techniques.quantisation.weight_only import int8_table, packed
+from workers.techniques.quantisation.weight_only import int8_table, packed, packed_later
 from workers.techniques.record import Applied, ModelInfo, Rule, Surroundings, Technique, choice
 
 
@@ -96,6 +96,11 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     return Applied(model, {"granularity": config.granularity, "linears": names, **packed(tables)}, names + tables)
 
 
+def _foresee(model: nn.Module, config: Config, surroundings: Surroundings) -> dict[str, Any]:
+    names = list(linears(model, skip_head=config.skip_head))
+    return {"granularity": config.granularity, "linears": names, **packed_later(model, config)}
+
+
 def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     """Replaces the same layers of a skeleton by layers without values."""
     for name in resolved["linears"]:
@@ -116,6 +121,7 @@ TECHNIQUE = Technique(
     stage="conversion",
     apply=_apply,
     rebuild=_rebuild,
+    foresee=_foresee,
     check=_check,
     models=("timm", "vilt", "meter"),
     rules=(Rule(("precision",), "forbidden", "the dynamic int8 kernel takes float32 activations only"),),

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from workers.techniques.quantisation.shared_affine import KernelLinear, linears
 from workers.techniques.quantisation.shared_calibration import EPS
 from workers.techniques.quantisation.shared_packed_embeddings import pack_embeddings, rebuild_embeddings
-from workers.techniques.quantisation.weight_only import int8_table, packed
+from workers.techniques.quantisation.weight_only import int8_table, packed, packed_later
 from workers.techniques.record import Applied, Surroundings, Technique, choice
 
 LARGEST = 448.0
@@ -190,6 +190,10 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     return Applied(model, {"linears": names, **packed(tables)}, names + tables)
 
 
+def _foresee(model: nn.Module, config: Config, surroundings: Surroundings) -> dict[str, Any]:
+    return {"linears": list(linears(model, skip_head=config.skip_head)), **packed_later(model, config)}
+
+
 def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     """Replaces the same layers of a skeleton by layers without values."""
     for name in resolved["linears"]:
@@ -206,6 +210,7 @@ TECHNIQUE = Technique(
     stage="conversion",
     apply=_apply,
     rebuild=_rebuild,
+    foresee=_foresee,
     simulated=lambda config, device: device != "cuda" or not has_kernel(),
     models=("timm", "vilt", "meter"),
     source="Micikevicius et al. 2022, arXiv 2209.05433; Kuzmin et al. 2022, arXiv 2208.09225",

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.techniques.quantisation.shared_affine import linears
-from workers.techniques.quantisation.shared_calibration import ChannelRange, TensorRange, asymmetric, watch
+from workers.techniques.quantisation.shared_calibration import ChannelRange, TensorRange, asymmetric, running, watch
 from workers.techniques.quantisation.shared_integer_linear import IntegerLinear
 from workers.techniques.quantisation.shared_quantised_attention import (
     RangeQuantiser,
@@ -212,7 +212,7 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     vit: Any = model
     found = linears(model, skip_head=config.skip_head)
     norms = _norms(model)
-    kept = {"attention_bits": config.attention_bits, "softmax": config.softmax}
+    kept = _kept(config)
     attentions = _structure(model, norms, vit.embed_dim, kept)
     maps: dict[str, RangeQuantiser] = dict(quantisers(model))
     ranges = {name: TensorRange() for name in [*found, *maps]}
@@ -232,6 +232,16 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
         model.set_submodule(name, IntegerLinear.of(found[name], *asymmetric(*ranges[name].range())))
     resolved = {**kept, "norms": norms, "channels": vit.embed_dim, "linears": names}
     return Applied(model, resolved, [*attentions, *norms, *names])
+
+
+def _kept(config: Config) -> dict[str, Any]:
+    return {"attention_bits": config.attention_bits, "softmax": config.softmax}
+
+
+def _foresee(model: nn.Module, config: Config, surroundings: Surroundings) -> dict[str, Any]:
+    vit: Any = model
+    names = running(model, linears(model, skip_head=config.skip_head), surroundings)
+    return {**_kept(config), "norms": _norms(model), "channels": vit.embed_dim, "linears": names}
 
 
 def _check(info: ModelInfo, config: Config) -> str | None:
@@ -259,6 +269,7 @@ TECHNIQUE = Technique(
     stage="conversion",
     apply=_apply,
     rebuild=_rebuild,
+    foresee=_foresee,
     check=_check,
     simulated=_simulated,
     rules=(

@@ -263,11 +263,19 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
             linear.weight.copy_(layer.dequantised(torch.float32))
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    kept: dict[str, Any] = {"bits": config.bits, "group_size": config.group_size, "kernel": config.kernel}
     names = list(found)
     tables = pack_embeddings(model, weight_only.empty_table(storage)) if config.embeddings else []
-    kept |= {"granularity": config.granularity, "linears": names, **weight_only.packed(tables)}
-    return Applied(model, kept, names + tables)
+    return Applied(model, _resolved(config, names, weight_only.packed(tables)), names + tables)
+
+
+def _resolved(config: Config, names: list[str], tables: Mapping[str, Any]) -> dict[str, Any]:
+    kept: dict[str, Any] = {"bits": config.bits, "group_size": config.group_size, "kernel": config.kernel}
+    return kept | {"granularity": config.granularity, "linears": names, **tables}
+
+
+def _foresee(model: nn.Module, config: Config, surroundings: Surroundings) -> dict[str, Any]:
+    names = list(linears(model, skip_head=config.skip_head))
+    return _resolved(config, names, weight_only.packed_later(model, config))
 
 
 def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
@@ -293,6 +301,7 @@ TECHNIQUE = Technique(
     stage="conversion",
     apply=_apply,
     rebuild=_rebuild,
+    foresee=_foresee,
     check=_check,
     simulated=_simulated,
     models=("timm", "vilt", "meter"),

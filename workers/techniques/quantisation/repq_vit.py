@@ -21,7 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from workers.techniques.quantisation.shared_affine import linears
-from workers.techniques.quantisation.shared_calibration import EPS, ChannelRange, TensorRange, asymmetric, watch
+from workers.techniques.quantisation.shared_calibration import (
+    EPS,
+    ChannelRange,
+    TensorRange,
+    asymmetric,
+    running,
+    watch,
+)
 from workers.techniques.quantisation.shared_norm_folding import Pair, add_biases, fold_, folding_fault, pairs
 from workers.techniques.quantisation.shared_quantised_attention import (
     RangeQuantiser,
@@ -153,6 +160,11 @@ class LowBitLinear(GroupedLinear):
 # --- record -----------------------------------------------------------------------------------------------------------
 
 
+def _shifted(model: nn.Module) -> list[Pair]:
+    """Returns the norms of the blocks whose outputs can be shifted, with their readers."""
+    return [pair for pair in pairs(model) if getattr(model.get_submodule(pair.norm), "bias", None) is not None]
+
+
 def reparameterise_(
     model: nn.Module, bits: int, surroundings: Surroundings, images: int
 ) -> tuple[dict[str, tuple[float, int]], list[str], list[str]]:
@@ -161,7 +173,7 @@ def reparameterise_(
     Returns:
         scale and zero point of each reader's input; names of the norms; names of readers that got a bias.
     """
-    found = [pair for pair in pairs(model) if getattr(model.get_submodule(pair.norm), "bias", None) is not None]
+    found = _shifted(model)
     seen: dict[Pair, ChannelRange] = {pair: ChannelRange() for pair in found}
     ran = watch(model, {pair.readers[0]: channels.see for pair, channels in seen.items()}, surroundings, images)
     fixed: dict[str, tuple[float, int]] = {}
@@ -203,13 +215,19 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
         layer.inputs.put(*(fixed[name] if name in fixed else asymmetric(*ranges[name].range(), bits)))
         layer.inputs.to(surroundings.device)
         model.set_submodule(name, layer)
-    resolved = {
-        "weight_bits": config.weight_bits,
-        "activation_bits": bits,
-        "biased": biased,
-        "linears": names,
-    }
-    return Applied(model, resolved, [*norms, *attentions, *names])
+    return Applied(model, _resolved(config, biased, names), [*norms, *attentions, *names])
+
+
+def _resolved(config: Config, biased: list[str], names: list[str]) -> dict[str, Any]:
+    bits = {"weight_bits": config.weight_bits, "activation_bits": config.activation_bits}
+    return {**bits, "biased": biased, "linears": names}
+
+
+def _foresee(model: nn.Module, config: Config, surroundings: Surroundings) -> dict[str, Any]:
+    found = linears(model, skip_head=config.skip_head)
+    names = running(model, found, surroundings)
+    readers = [name for pair in _shifted(model) if pair.readers[0] in names for name in pair.readers]
+    return _resolved(config, [name for name in readers if found[name].bias is None], names)
 
 
 def _check(info: ModelInfo, config: Config) -> str | None:
@@ -239,6 +257,7 @@ TECHNIQUE = Technique(
     stage="conversion",
     apply=_apply,
     rebuild=_rebuild,
+    foresee=_foresee,
     check=_check,
     simulated=_simulated,
     source="RepQ-ViT, arXiv 2212.08254, section 3",

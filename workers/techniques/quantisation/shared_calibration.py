@@ -6,7 +6,7 @@ same images give the same ranges. The model runs as it will ship, its token redu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import gcd
 from typing import Any
 
@@ -166,6 +166,13 @@ def watch(
     if not seen:
         raise NotQuantisable("calibration: there is no training image")
     return ran
+
+
+def running(model: nn.Module, names: Iterable[str], surroundings: Surroundings) -> list[str]:
+    """Returns those of the named modules that a forward pass calls, in their order; values do not matter."""
+    asked = list(names)
+    ran = watch(model, dict.fromkeys(asked, lambda x: None), surroundings, 1)
+    return [name for name in asked if name in ran]
 
 
 # --- scales -----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from workers.techniques.quantisation.shared_packed_embeddings import (
     store_embeddings,
     train_embeddings,
 )
-from workers.techniques.quantisation.weight_only import int8_table, packed
+from workers.techniques.quantisation.weight_only import int8_table, packed, packed_later
 from workers.techniques.record import Applied, Rule, Surroundings, Technique, choice, number
 
 LEVELS_TRAINED = (
@@ -126,8 +126,13 @@ def convert(
     for name in names:
         layer: Any = model.get_submodule(name)
         layer.start(seen[name])
+    return in_training(layers)
+
+
+def in_training(layers: Sequence[Layer]) -> dict[str, Any]:
+    """Returns what :func:`rebuild` needs for layers in training."""
     return {
-        "linears": names,
+        "linears": [layer.name for layer in layers],
         "bits": [layer.bits for layer in layers],
         "input_bits": [layer.input_bits for layer in layers],
         "stored": None,
@@ -195,6 +200,10 @@ def technique(
         tables = train_embeddings(model) if config.embeddings else []
         return Applied(model, resolved | packed(tables), resolved["linears"] + tables)
 
+    def _foresee(model: nn.Module, config: Config, surroundings: Surroundings) -> dict[str, Any]:
+        layers = chosen_layers(model, config.weight_bits, config.activation_bits, config.last_layer)
+        return in_training(layers) | packed_later(model, config)
+
     return Technique(
         name=name,
         family="quantisation",
@@ -207,6 +216,7 @@ def technique(
         parameter_groups=parameter_groups,
         finalise=lambda model, config: store(model),
         simulated=simulated,
+        foresee=_foresee,
         models=("timm", "vilt", "meter"),
         rules=LEVELS_TRAINED,
         source=source,

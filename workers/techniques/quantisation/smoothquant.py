@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from workers.techniques.quantisation.shared_affine import linears
-from workers.techniques.quantisation.shared_calibration import ChannelRange, watch
+from workers.techniques.quantisation.shared_calibration import ChannelRange, running, watch
 from workers.techniques.quantisation.shared_integer_linear import INPUTS, IntegerLinear, no_kernel
 from workers.techniques.quantisation.shared_norm_folding import fold_, folding_fault, pairs, reader_peaks
 from workers.techniques.quantisation.shared_packed_embeddings import pack_embeddings, rebuild_embeddings
 from workers.techniques.quantisation.static_int8 import quantise_linears
-from workers.techniques.quantisation.weight_only import int8_table, packed
+from workers.techniques.quantisation.weight_only import int8_table, packed, packed_later
 from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, choice, number
 
 
@@ -89,6 +89,12 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     return Applied(model, resolved, [*norms, *names, *tables])
 
 
+def _foresee(model: nn.Module, config: Config, surroundings: Surroundings) -> dict[str, Any]:
+    found = linears(model, skip_head=config.skip_head)
+    names = running(model, found, surroundings) if config.activations == "static" else list(found)
+    return {"activations": config.activations, "linears": names, **packed_later(model, config)}
+
+
 def _check(info: ModelInfo, config: Config) -> str | None:
     """Returns why the model cannot be quantised so, or None."""
     return folding_fault(info)
@@ -110,6 +116,7 @@ TECHNIQUE = Technique(
     stage="conversion",
     apply=_apply,
     rebuild=_rebuild,
+    foresee=_foresee,
     check=_check,
     simulated=no_kernel,
     models=("timm", "vilt", "meter"),

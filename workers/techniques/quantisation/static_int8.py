@@ -21,10 +21,10 @@ from typing import Any
 from torch import nn
 
 from workers.techniques.quantisation.shared_affine import linears
-from workers.techniques.quantisation.shared_calibration import TensorRange, asymmetric, watch
+from workers.techniques.quantisation.shared_calibration import TensorRange, asymmetric, running, watch
 from workers.techniques.quantisation.shared_integer_linear import IntegerLinear, no_kernel
 from workers.techniques.quantisation.shared_packed_embeddings import pack_embeddings, rebuild_embeddings
-from workers.techniques.quantisation.weight_only import int8_table, packed
+from workers.techniques.quantisation.weight_only import int8_table, packed, packed_later
 from workers.techniques.record import Applied, Surroundings, Technique, choice
 
 
@@ -73,6 +73,11 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
     return Applied(model, {"linears": names, **packed(tables)}, names + tables)
 
 
+def _foresee(model: nn.Module, config: Config, surroundings: Surroundings) -> dict[str, Any]:
+    names = running(model, linears(model, skip_head=config.skip_head), surroundings)
+    return {"linears": names, **packed_later(model, config)}
+
+
 def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
     """Replaces the same layers of a skeleton by layers without values."""
     for name in resolved["linears"]:
@@ -89,6 +94,7 @@ TECHNIQUE = Technique(
     stage="conversion",
     apply=_apply,
     rebuild=_rebuild,
+    foresee=_foresee,
     simulated=no_kernel,
     models=("timm", "vilt", "meter"),
     source="Jacob et al. 2018, arXiv 1712.05877, section 2; Wu et al. 2020, arXiv 2004.09602",

@@ -43,7 +43,12 @@ from workers.techniques.quantisation.shared_affine import (
     symmetric_int8,
     unpack_bits,
 )
-from workers.techniques.quantisation.shared_packed_embeddings import Table, pack_embeddings, rebuild_embeddings
+from workers.techniques.quantisation.shared_packed_embeddings import (
+    Table,
+    pack_embeddings,
+    rebuild_embeddings,
+    word_embeddings,
+)
 from workers.techniques.record import Applied, ModelInfo, Surroundings, Technique, choice, number
 
 _INT8_IN_MULTIPLE = 16  # for other in-features _weight_int8pack_mm in bfloat16 returned garbage or crashed (torch 2.15)
@@ -253,6 +258,11 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
             layer.bias = linear.bias.detach().clone()
         model.set_submodule(name, layer)
     names = list(found)
+    tables = pack_embeddings(model, empty_table(config)) if config.embeddings else []
+    return Applied(model, _resolved(config, names, widths) | packed(tables), names + tables)
+
+
+def _resolved(config: Config, names: list[str], widths: list[int]) -> dict[str, Any]:
     kept: dict[str, Any] = {
         "bits": config.bits,
         "group_size": config.group_size,
@@ -263,13 +273,23 @@ def _apply(model: nn.Module, config: Config, surroundings: Surroundings) -> Appl
         kept["granularity"] = config.granularity
     if config.bits == "mixed":
         kept["widths"] = widths
-    tables = pack_embeddings(model, empty_table(config)) if config.embeddings else []
-    return Applied(model, kept | packed(tables), names + tables)
+    return kept
+
+
+def _foresee(model: nn.Module, config: Config, surroundings: Surroundings) -> dict[str, Any]:
+    found = linears(model, skip_head=config.skip_head)
+    widths = _widths(found, model, config, surroundings)  # which asks images where they are mixed
+    return _resolved(config, list(found), widths) | packed_later(model, config)
 
 
 def packed(tables: list[str]) -> dict[str, Any]:
     """Returns what a recipe's step keeps of tables of word embeddings: nothing where there are none."""
     return {"embeddings": tables} if tables else {}
+
+
+def packed_later(model: nn.Module, config: Any) -> dict[str, Any]:
+    """Returns what :func:`packed` will keep of a model whose tables are not packed yet."""
+    return packed(list(word_embeddings(model))) if config.embeddings else {}
 
 
 def _rebuild(model: nn.Module, resolved: Mapping[str, Any]) -> nn.Module:
@@ -293,6 +313,7 @@ TECHNIQUE = Technique(
     stage="conversion",
     apply=_apply,
     rebuild=_rebuild,
+    foresee=_foresee,
     check=_check,
     simulated=_simulated,
     models=("timm", "vilt", "meter"),
