@@ -64,7 +64,7 @@ EXPECTED = {
     "recipes[0]": (19, "must be a legal combination: dynamic_int8 + precision", "leave one of them out"),
     "recipes[1][0]": (20, "must be one of the study's techniques", ""),
     "recipes[2][0].dynamic_int8.granularity": (21, "must be what the study searches", "for example 'per_channel'"),
-    "sampler.name": (22, "must be one of tpe, nsga2, random", "did you mean tpe?"),
+    "sampler.name": (22, "must be one of recipe, tpe, nsga2, random", "did you mean tpe?"),
     "seeds": (23, "must not repeat a value", "remove the repeated ones"),
     "trials": (25, "must stand once; the first is on line 24", "remove one of the two"),
     "budget.time": (26, "must be a number with one of the units", "for example 30m"),
