@@ -74,7 +74,7 @@ class Outcomes:
         front: numbers of the feasible ones that none dominates, ascending.
         open: number to recipe of the trials that run and of which nothing is known yet.
         seen: every recipe that was asked for.
-        trained: surgeries of recipes that were asked for.
+        trained: surgeries of recipes that ended with values; what is still being trained would only be waited for.
         spent: what recipes took.
     """
 
@@ -107,7 +107,6 @@ class Outcomes:
             key = self._key(trial)
             if key is not None:
                 self.seen.add(key)
-                self.trained.add(self.keys.surgery(key))
                 self._running[trial.number] = key
         self._read = max(self._read, current)
         for number in [n for n in self._running if trials[n].state.is_finished()]:
@@ -166,6 +165,7 @@ class Outcomes:
         found = Outcome(trial.number, key, values, violations)
         self.ended[trial.number] = found
         self.valued += 1
+        self.trained.add(self.keys.surgery(key))
         if (rung := trial.system_attrs.get(RUNG)) is not None:
             seen = _Rung.read(rung, self.objectives, self.constraints)
             self._rungs[trial.number] = key, seen

@@ -178,7 +178,8 @@ class RecipeSampler(BaseSampler):
             if not scored.known[best, k]
         }
         _note(study, trial, PREDICTED, expected)
-        return scored.keys[best]
+        chosen: Key = scored.keys[best]
+        return chosen
 
     def outlook(self, study: Study, count: int) -> list[Prospect]:
         """Returns what is expected of the recipes that would be asked for next, each in the light of those before it.

@@ -18,7 +18,7 @@ from orchestrator.sampling.recipe_sampler import FIT, PREDICTED, RecipeSampler
 from orchestrator.sampling.suggestions import GivenSuggest
 from orchestrator.study.space import SearchSpace
 from orchestrator.sweep.searcher import TrialSuggest
-from workers.trial import Recipe
+from workers.trial import Recipe, Step
 
 TECHNIQUES: dict[str, Any] = {
     "magnitude_prune": {"head_ratio": [0.0, 0.25, 0.5], "mlp_ratio": {"low": 0.1, "high": 0.5, "step": 0.1}},
@@ -27,6 +27,9 @@ TECHNIQUES: dict[str, Any] = {
     "dynamic_int8": {},
     "weight_only": {"bits": [2, 4, 8]},
 }
+PRUNED, PRUNED_HALF = (
+    Recipe((Step("magnitude_prune", {"head_ratio": 0.0, "mlp_ratio": ratio}),)) for ratio in (0.2, 0.5)
+)
 CONVERSIONS = ("dynamic_int8", "weight_only")
 SPACE = SearchSpace(TECHNIQUES, max_techniques=3)
 OBJECTIVES = ("top1_pct", "size_bytes")
@@ -220,6 +223,23 @@ def test_a_training_is_followed_by_its_conversions() -> None:
         trainings.append(len({cut(r) for r in recipes}))
         assert share(recipes) > 0.98
     assert trainings[1] < 0.75 * trainings[0]
+
+
+def test_nobody_waits_for_a_training_that_another_runs() -> None:
+    """What shares a training in flight costs as much as a new one: its worker would only wait."""
+    made = sampler(costs=Costs(lambda surgery: bool(surgery)))
+    study = study_with(made)
+    ended, flying = SPACE.params_of(PRUNED_HALF), SPACE.params_of(PRUNED)
+    for params in (ended, flying):
+        study.enqueue_trial(params)
+    trials = [study.ask(), study.ask()]
+    recipes = [SPACE.sample(TrialSuggest(trial)) for trial in trials]
+    trials[0].set_user_attr(SECONDS, {"train": 50.0, "all": 51.0})
+    plainly(study, trials[0], recipes[0])
+    made.outcomes.read(study, 2)
+    assert made.costs is not None
+    keys = [made.keys.key(Recipe((*r.steps, Step("dynamic_int8", {})))) for r in recipes]
+    assert made.costs.of([key for key in keys if key], made.outcomes) == pytest.approx([1.0, 51.0])
 
 
 def test_what_stands_at_a_rung_counts_with_what_others_gained_from_there() -> None:
