@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 import yaml
+from orchestrator.sweep.suggestions import RandomSuggest
 
 from orchestrator.study.load import load_study
 from orchestrator.study.schema import StudyConfig, model_info
 from orchestrator.study.space import SearchSpace
-from orchestrator.sweep.suggestions import RandomSuggest
 from workers.metrics import EXACT
 from workers.structure import Structures
 from workers.techniques import registry
