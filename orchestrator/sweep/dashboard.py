@@ -10,7 +10,8 @@ from datetime import timedelta
 from typing import Any
 
 from orchestrator.ledger import Ledger
-from orchestrator.sweep.searcher import Proposer, TrialNote
+from orchestrator.sweep.journal import TrialNote, journal_bytes
+from orchestrator.sweep.searcher import Proposer
 
 JOURNAL = "optuna.journal"
 """In the study's folder; open it with ``optuna-dashboard FOLDER/optuna.journal``."""
@@ -20,7 +21,7 @@ _COLUMNS = ["number", "context", "trial_id", "seed", "status", "failure", "start
 
 def leave_journal(ledger: Ledger, proposer: Proposer) -> None:
     """Writes the journal of a study whose ledger has a context, in place of an older one."""
-    data = proposer.journal_bytes(ledger.study, trial_notes(ledger))
+    data = journal_bytes(proposer, ledger.study, trial_notes(ledger))
     ledger.storage.put_atomic(f"{ledger.study}/{JOURNAL}", data)
 
 

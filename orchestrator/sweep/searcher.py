@@ -1,4 +1,4 @@
-"""Optuna ask/tell over a search space of recipes: the one file that knows Optuna.
+"""Optuna ask/tell over a search space of recipes.
 
 Why not Ray Tune's OptunaSearch: several objectives with failures, constraints and duplicates need a say in every tell
 (docs/decisions/0002-own-searcher.md). What is asked is written down before it is run, what was told can be rebuilt from the
@@ -8,19 +8,13 @@ ledger: :meth:`Proposer.restore` makes the same Optuna study again, trial number
 from __future__ import annotations
 
 import random
-import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.samplers import BaseSampler
-from optuna.storages import JournalStorage
-from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -41,15 +35,6 @@ MODEL_TRIES = 10
 """Asks of a sampler that does not repeat itself: what it proposed may be known under another recipe, or refused."""
 
 
-@dataclass(frozen=True)
-class TrialNote:
-    """What Optuna does not know of a trial: ``attributes`` are plain values, the times local ones without a zone."""
-
-    attributes: Mapping[str, Any]
-    started: datetime
-    ended: datetime
-
-
 class TrialSuggest:
     """What :meth:`SearchSpace.sample` draws from: an Optuna trial."""
 
@@ -64,19 +49,6 @@ class TrialSuggest:
 
     def floating(self, name: str, low: float, high: float, step: float) -> float:
         return self.trial.suggest_float(name, low, high, step=step)
-
-
-class _Entries(BaseJournalBackend):
-    """A journal in memory: the one in a file synchronises after each entry, 10 ms a trial."""
-
-    def __init__(self) -> None:
-        self.logs: list[dict[str, Any]] = []
-
-    def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
-        return self.logs[log_number_from:]
-
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        self.logs.extend(logs)
 
 
 def _surgery(recipe: Recipe) -> Recipe:
@@ -368,41 +340,8 @@ class Proposer:
             return False
         return True
 
-    # --- for other tools ----------------------------------------------------------------------------------------------
+    # --- look ---------------------------------------------------------------------------------------------------------
 
     def foresight(self) -> dict[str, Any]:
         """Returns how well the sampler predicted, and what it expects of going on: :func:`orchestrator.sampling.foresight.foresight`."""
         return foresight(self.study, self.study.sampler, tuple(self.objectives))
-
-    def journal_bytes(self, name: str, notes: Mapping[int, TrialNote] | None = None) -> bytes:
-        """Returns the Optuna study as a file of its journal storage, which optuna-dashboard opens; the study stays as it is.
-
-        Args:
-            name: of the study in that file.
-            notes: number to what Optuna does not know of a trial.
-        """
-        entries = _Entries()
-        copy = optuna.create_study(storage=JournalStorage(entries), study_name=name, directions=self.study.directions)
-        with warnings.catch_warnings():  # experimental since Optuna 3.2; the dashboard's axes have no other names
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            copy.set_metric_names(list(self.objectives))
-        for trial in self.study.get_trials(deepcopy=True):
-            copy.add_trial(self._noted(trial, (notes or {}).get(trial.number)))
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "optuna.journal")
-            JournalFileBackend(str(file)).append_logs(entries.logs)
-            return file.read_bytes()
-
-    def _noted(self, trial: FrozenTrial, note: TrialNote | None) -> FrozenTrial:
-        """Adds to a trial what a person looks for."""
-        if trial.number in self.asked:
-            trial.set_user_attr("recipe", self.asked[trial.number].label())
-        if trial.constraints:
-            # Optuna 5 keeps them by name; optuna-dashboard 0.21 reads the list that older versions kept.
-            trial.system_attrs = {**trial.system_attrs, "constraints": list(trial.constraints.values())}
-        if note is not None:
-            for key, value in note.attributes.items():
-                trial.set_user_attr(key, value)
-            if trial.state.is_finished():
-                trial.datetime_start, trial.datetime_complete = note.started, note.ended
-        return trial
