@@ -46,7 +46,7 @@ def pairs() -> Iterator[Any]:
             yield pytest.param(pair, id="-".join(pair), marks=[] if both else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("pair", pairs())
+@pytest.mark.parametrize("pair", list(pairs()))
 def test_what_follows_another_has_the_shapes_and_types_that_are_foreseen(pair: tuple[str, str]) -> None:
     model, empty, teacher = build("class"), build("class", device="meta"), build("class")
     for name in pair:
