@@ -65,6 +65,7 @@ _STATUS = {
     "SubmitRefused": 2,
     "TaskError": 2,
     "TableError": 2,
+    "AuditError": 2,
     "ModelError": 2,
     "SubmitError": 1,
     "StudyFailed": 1,

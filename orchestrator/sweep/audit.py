@@ -19,6 +19,10 @@ from orchestrator.sweep.searcher import Proposer
 Floats = npt.NDArray[np.float64]
 
 
+class AuditError(Exception):
+    """A sampler cannot be audited."""
+
+
 @dataclass(frozen=True)
 class Audit:
     """What one sampler found on one table under one seed.
@@ -90,7 +94,7 @@ def audit(
         known: objectives that the sampler is told of every configuration beforehand; what it makes of that is its own affair.
 
     Raises:
-        ValueError: the sampler does not take its options.
+        AuditError: another package's sampler cannot be made of a seed alone.
     """
     space = TableSpace(table)
     question = Question(
@@ -99,7 +103,11 @@ def audit(
         facts=TableFacts(table, known) if known else None,
         possible=lambda recipe: space.fault(recipe) is None,
     )
-    proposer = Proposer(space, table.objectives, [], make_sampler(sampler, question), seed=sampler.seed)
+    try:
+        made = make_sampler(sampler, question)
+    except ValueError as error:
+        raise AuditError(f"sampler {sampler.name}: must be made with a seed and nothing else; {error}") from None
+    proposer = Proposer(space, table.objectives, [], made, seed=sampler.seed)
     rows: list[int] = []
     times_s: list[float] = []
     duplicates = infeasible = 0

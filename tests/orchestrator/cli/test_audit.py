@@ -10,7 +10,6 @@ import sys
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
-import optuna
 import pytest
 
 from tests.cli_calls import call, refused
@@ -48,13 +47,24 @@ def test_a_curve_is_columns_where_rows_are_flat(table: str) -> None:
     assert "hypervolume_share_10" in call(*asked).stdout.splitlines()[0]
 
 
-def test_another_package_s_sampler_by_name(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    point = EntryPoint("mine", "optuna.samplers:QMCSampler", "vitpareto.samplers")
+def added(monkeypatch: pytest.MonkeyPatch, sampler: str) -> None:
+    """Stands for an installed package with a sampler of the name ``mine``."""
+    point = EntryPoint("mine", f"optuna.samplers:{sampler}", "vitpareto.samplers")
     for module in ("orchestrator.study.scalars", "orchestrator.sampling.samplers"):
         monkeypatch.setattr(f"{module}.entry_points", lambda **_: EntryPoints([point]))
-    monkeypatch.setattr("optuna.samplers.QMCSampler", optuna.samplers.RandomSampler)
+
+
+def test_another_package_s_sampler_by_name(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    added(monkeypatch, "NSGAIIISampler")
     done = call("audit", "--table", table, *COLUMNS, "--sampler", "mine", *FEW, "--format", "json")
     assert [r["sampler"] for r in json.loads(done.stdout)] == ["mine", "mine"]
+
+
+def test_another_package_s_sampler_that_needs_more_than_a_seed(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    added(monkeypatch, "GridSampler")
+    said = refused("audit", "--table", table, *COLUMNS, "--sampler", "mine", *FEW)
+    assert "sampler mine: must be made with a seed and nothing else" in said
+    assert "search_space" in said
 
 
 @pytest.mark.parametrize(
