@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
 DIRECTIONS = ("minimize", "maximize")
 
 
+class Reference(StrEnum):
+    """What a sampler is told of the reference point."""
+
+    nadir = "nadir"
+    unknown = "unknown"
+
+
 @reported
 def audit(
     table: Annotated[Path, typer.Option(help="Parquet file with a row a configuration and what it gives.")],
@@ -23,6 +31,9 @@ def audit(
     objectives: Annotated[str, typer.Option(metavar="A:minimize,B:maximize", help="Columns of what it gives.")],
     known: Annotated[str, typer.Option(metavar="B", help="Objectives that are known before an evaluation.")] = "",
     categorical: Annotated[str, typer.Option(metavar="A", help="Parameters of numbers without an order.")] = "",
+    reference: Annotated[
+        Reference, typer.Option(help="Whether samplers are told the reference point, as by a study, or assume one.")
+    ] = Reference.nadir,
     sampler: Annotated[str | None, typer.Option(metavar="A,B", help="Samplers; default: all that ship.")] = None,
     evaluations: Annotated[int, typer.Option(min=1, help="Configurations that a sampler may look up.")] = 200,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each sampler, under the seeds 0, 1, ...")] = 10,
@@ -47,7 +58,8 @@ def audit(
     yardstick = Yardstick(outcomes)
     rows: list[Audit] = []
     for same in sections:
-        found = [run(outcomes, yardstick, section, evaluations, told) for section in same]
+        is_told = reference is Reference.nadir
+        found = [run(outcomes, yardstick, one, evaluations, told, told_reference=is_told) for one in same]
         say(_summary(found))
         rows += found
     write_dicts([_row(one, nested=format_ is Format.json) for one in rows], format_)

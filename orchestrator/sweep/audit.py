@@ -52,6 +52,9 @@ class Yardstick:
     The reference point is the frontier's nadir: the worst value that it has of each objective. Objectives are scaled so that the frontier's best
     value is 0 and its nadir 1. What is worse than the nadir in any objective adds nothing, nor do the frontier's own ends.
 
+    Attributes:
+        reference: the nadir, in the objectives' own units.
+
     Raises:
         TableError: the frontier does not trade one objective for another, so that nothing lies between it and its nadir.
     """
@@ -69,6 +72,7 @@ class Yardstick:
                 "up to the nadir; leave it out, or take two objectives that are at odds"
             )
         self._span = nadir - self._ideal
+        self.reference: list[float] = (nadir * sign).tolist()
         self._whole = self._volume(frontier)
         if self._whole <= 0:
             raise TableError(
@@ -86,12 +90,19 @@ class Yardstick:
 
 
 def audit(
-    table: OutcomeTable, yardstick: Yardstick, sampler: SamplerSection, evaluations: int, known: Sequence[str] = ()
+    table: OutcomeTable,
+    yardstick: Yardstick,
+    sampler: SamplerSection,
+    evaluations: int,
+    known: Sequence[str] = (),
+    *,
+    told_reference: bool = True,
 ) -> Audit:
     """Runs a sampler from nothing until ``evaluations`` different configurations of the table are told.
 
     Args:
         known: objectives that the sampler is told of every configuration beforehand; what it makes of that is its own affair.
+        told_reference: the sampler is told the reference point of the share, as a study states one; else it must assume one.
 
     Raises:
         AuditError: another package's sampler cannot be made of a seed alone.
@@ -100,6 +111,7 @@ def audit(
     question = Question(
         space,
         list(table.objectives),
+        reference=lambda: yardstick.reference if told_reference else None,
         facts=TableFacts(table, known) if known else None,
         possible=lambda recipe: space.fault(recipe) is None,
     )

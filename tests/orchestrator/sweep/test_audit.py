@@ -107,6 +107,17 @@ def test_what_is_known_beforehand_changes_what_recipe_chooses_and_nothing_else(s
         assert told.curve == blind.curve
 
 
+def test_a_reference_point_is_told_to_samplers_that_take_one(tmp_path: Path) -> None:
+    """Told or assumed makes another search of a sampler that uses it, and the same of one that does not."""
+    table = read_outcomes(written(tmp_path, rows()), PARAMETERS, OBJECTIVES)
+    yardstick = Yardstick(table)
+    assert yardstick.share([i for i, v in enumerate(table.values) if (v == yardstick.reference).all()]) == 0
+    for sampler, differs in (("recipe", True), ("random", False)):
+        section = SamplerSection(name=sampler, seed=1, n_startup_trials=5)
+        found = [audit(table, yardstick, section, 40, told_reference=told) for told in (True, False)]
+        assert (found[0].curve != found[1].curve) == differs
+
+
 def test_points_of_a_curve() -> None:
     assert checkpoints(5) == [5]
     assert checkpoints(10) == [10]
