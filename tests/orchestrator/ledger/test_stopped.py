@@ -89,7 +89,7 @@ def test_status_counts_them_as_done_and_not_as_failed(ledger: Ledger) -> None:
     assert (status["done"], status["failed"], status["feasible"]) == (3, {"worker_died": 1}, 1)
     assert (status["paused"], status["paused_s"], status["paused_epochs"]) == ({"12.5%": 1, "37.5%": 1}, 4.5, 4)
     assert status["state"] == "stopped"
-    assert for_people(status)["paused"] == "1 at 12.5%, 1 at 37.5% (4 s)"
+    assert for_people(status)["paused"] == "1 at 12.5%, 1 at 37.5% (4.5 s)"
     ledger.write_study({**(ledger.study_record() or {}), "complete": True})
     assert study_status(ledger)["state"] == "done"
 
@@ -104,13 +104,17 @@ def test_show_says_how_to_finish_one(ledger: Ledger) -> None:
 
 def test_the_report_has_a_place_for_them(ledger: Ledger) -> None:
     report = read_report(ledger, ["top1_pct", "size_bytes"])
-    assert [(s["rung"], s["cost"]) for s in report.stopped] == [("37.5%", "3 s, 3 epochs"), ("12.5%", "2 s, 1 epochs")]
+    assert [(s["rung"], s["cost"]) for s in report.stopped] == [
+        ("37.5%", "3.0 s, epochs: 3"),
+        ("12.5%", "1.5 s, epochs: 1"),
+    ]
     assert report.stopped[0]["found"]["top-1 accuracy"].startswith("87.5")
     assert {f["status"] for f in report.failures} == {"worker_died"}
     assert len(report.candidates) == 2, "the baseline and the one that was finished"
     said = dict(facts(report, report.ended, "1"))["Stopped early"]  # type: ignore[arg-type]
     assert (
-        said == "1 at 12.5% of the recovery, 1 at 37.5% of the recovery; they cost 4 epochs of recovery and 4 s in all"
+        said
+        == "1 at 12.5% of the recovery, 1 at 37.5% of the recovery; they cost 4 epochs of recovery and 4.5 s in all"
     )
     assert page_data(report, "")["stopped"] == report.stopped
 
