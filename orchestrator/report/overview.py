@@ -80,7 +80,7 @@ def stopped_early(ledger: Ledger, searched: Mapping[str, Any]) -> list[dict[str,
             "found": {
                 METRICS[name].title: metric_text(name, row["metrics"]) for name in OBJECTIVES if name in row["metrics"]
             },
-            "cost": f"{format_seconds(row['seconds'])}, {row['epochs']:.3g} epochs",
+            "cost": f"{format_seconds(row['seconds'])}, epochs: {row['epochs']:.3g}",
         }
         for row in rows
     ]

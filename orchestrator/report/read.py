@@ -16,6 +16,7 @@ from orchestrator.frontier.membership import POSSIBLE
 from orchestrator.ledger import Ledger
 from orchestrator.ledger.schema import metric_of
 from orchestrator.ledger.status import study_status
+from orchestrator.ledger.stopped import STOPPED
 from orchestrator.report.data import TITLES, Candidate, Metric, Report
 from orchestrator.report.outlook import predictions_text, prospects_text
 from orchestrator.report.overview import (
@@ -47,7 +48,7 @@ def read_report(ledger: Ledger, objectives: Sequence[str] | None = None) -> Repo
     kept = query.candidates(ledger, wanted).to_pylist()
     trials = _trials(ledger)
     by_recipe: dict[str, list[dict[str, Any]]] = {}
-    for trial in trials:
+    for trial in (t for t in trials if t["status"] != STOPPED):  # its numbers are not those of an end
         by_recipe.setdefault(trial["recipe_hash"], []).append(trial)
     newest = {recipe: _newest(of_recipe) for recipe, of_recipe in by_recipe.items()}
     feasible = {row["recipe_hash"] for row in kept}

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 from orchestrator.ledger import Ledger
+from orchestrator.ledger.stopped import STOPPED
 from orchestrator.sweep.journal import TrialNote, journal_bytes
 from orchestrator.sweep.searcher import Proposer
 
@@ -41,7 +42,7 @@ def _note(rows: list[dict[str, Any]]) -> TrialNote:
         "trial_ids": [row["trial_id"] for row in rows],
         "status": "ok" if failed is None else failed["status"],
     }
-    if failed is not None:
+    if failed is not None and failed["status"] != STOPPED:
         attributes["failure"] = (failed["failure"] or "no reason recorded").splitlines()[0]
     started = min(row["started_at"] for row in rows)
     ended = max(row["started_at"] + timedelta(seconds=row["duration_s"] or 0.0) for row in rows)
