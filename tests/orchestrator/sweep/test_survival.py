@@ -185,6 +185,8 @@ def test_batches_survive_the_death_of_a_worker_and_of_the_driver(tmp_path: Path)
     assert len(ok) == len(set(ok)) == trials + 1, "nothing is lost, nothing repeated"
     assert before.items() <= {r["attempt_id"]: r["trial_id"] for r in rows}.items()
     lost = [r for r in rows if r["status"] != "ok"]
-    assert [r["status"] for r in lost] in ([], ["worker_died"]), "of the batch of a dead worker the running one alone pays"
+    assert [r["status"] for r in lost] in ([], ["worker_died"]), (
+        "of the batch of a dead worker the running one alone pays"
+    )
     check_numbers(study, trials)
     assert not study.marks()
