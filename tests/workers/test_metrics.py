@@ -35,6 +35,9 @@ def test_the_kind_of_records_names_one_speed() -> None:
 # --- one place --------------------------------------------------------------------------------------------------------
 
 LISTED_ELSEWHERE = {
+    "orchestrator/sweep/landscape.py": "what a trade-off before any training is between: the two that always can be told",
+    "workers/rung.py": "what a paused structure tells without a value: each is counted by a function of its own",
+    "workers/structure.py": "the same of a structure that was never trained",
     "workers/trial.py": "the default of a field: a spec of images that asks for nothing that must be timed",
 }
 """File to the reason why it may list metrics by name."""

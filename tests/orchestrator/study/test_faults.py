@@ -111,7 +111,7 @@ def test_every_fault_of_a_file_is_reported_at_once(tmp_path: Path) -> None:
         ({"model": {"name": "resnet18"}}, "model.name", "must be a plain vision transformer"),
         ({"sampler": {"options": {"nonsense": 1}}}, "sampler.options.nonsense", "must be an argument of the sampler"),
         (
-            {"sampler": {"options": {"n_ei_candidates": 0}}},
+            {"sampler": {"name": "tpe", "options": {"n_ei_candidates": 0}}},
             "sampler.options.n_ei_candidates",
             "must be greater than or equal to 1",
         ),
@@ -156,7 +156,7 @@ def test_every_fault_of_a_file_is_reported_at_once(tmp_path: Path) -> None:
         ({"sampler": {"seed": 2**32}}, "sampler.seed", "must be less than or equal to 4294967295"),
         ({"sampler": {"options": {"seed": 2**32}}}, "sampler.options.seed", "must be less than or equal to 4294967295"),
         (
-            {"sampler": {"options": {"n_ei_candidates": "many"}}},
+            {"sampler": {"name": "tpe", "options": {"n_ei_candidates": "many"}}},
             "sampler.options.n_ei_candidates",
             "must be a valid int",
         ),

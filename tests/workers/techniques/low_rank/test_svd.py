@@ -15,6 +15,7 @@ from tests.workers.techniques.vlm import FAMILIES, apply, describe, vlm
 from workers import artefact
 from workers.inputs import Inputs
 from workers.measuring.counting import count_macs, count_params
+from workers.techniques import versions
 from workers.techniques.low_rank import svd
 from workers.techniques.low_rank.shared_block_linears import block_linears
 from workers.techniques.low_rank.svd import Config, Factored, decompose, factored, rank_for_energy, rank_for_share
@@ -207,7 +208,7 @@ def test_a_vision_language_model(family: str, tmp_path: Path) -> None:
     assert any("query" in name for name in found.changed)
     assert any(name.endswith("intermediate.dense") for name in found.changed)
     assert count_params(model) < 0.85 * whole
-    steps = [{"technique": "svd", "version": 1, "resolved": found.resolved}]
+    steps = [{"technique": "svd", "version": versions()["svd"], "resolved": found.resolved}]
     artefact.save(model, tmp_path / "a", model_description=describe(family), steps=steps)
     from tests.workers.techniques.vlm import padded
 
