@@ -27,7 +27,8 @@ def _ascending(rungs: list[float]) -> list[float]:
 
 
 class EarlyStoppingSection(Section):
-    """``none`` is without rungs. The defaults spent 41 % of the epochs of digits' recipes and kept .992 of their hypervolume."""
+    """``none`` is without rungs. The defaults trained 49 % of the epochs of digits' recipes and kept .994 of their hypervolume
+    (decision 0032)."""
 
     eta: Annotated[float, Field(gt=1, le=1000)] = 2.0
     rungs: Annotated[list[Share], AfterValidator(_ascending)] = Field(default_factory=lambda: [0.125, 0.375])

@@ -1,7 +1,7 @@
 """What a recipe may still become whose recovery training is paused, told from those that were trained to their end.
 
 An accuracy at a rung is known with its interval, and gains by the end a share of what is missing to 100 %: of digits' recipes at an
-eighth of their recovery .27 to .62 of it (5 and 95 % of 60 recipes at 80 to 90 %), at .9 as at .6. So the shares that finished
+eighth of their recovery .27 to .62 of it at accuracies of 80 to 90 %, .30 to .58 at 90 to 95 % (decision 0032). So the shares that finished
 recipes gained from the same rung on are the distribution of what this one will. What its structure tells (bytes, MACs,
 parameters) is known; what is measured at the end only (speeds) is what the recipes have that are nearest to it in MACs.
 """
