@@ -1,11 +1,12 @@
 """Trials per second of the whole path with a trivial trial, against stock Ray Tune with OptunaSearch.
 
-    python -m benchmarks.bench_sweep --trials 100 --trials 1000 [--side both] [--rounds 1] [--cpus 2]
+    python -m benchmarks.bench_sweep --trials 100 --trials 1000 [--side both] [--rounds 1] [--cpus 2] [--sampler random]
 
 Run from the repository root. The sides run in turn, each in a fresh process with its own local Ray, the same number of CPUs,
 one CPU a trial, actors reused, the same TPE (multivariate, group, constant liar) over optional techniques with two
 objectives, and Tune's auto-loggers off, which favours the stock side. ``whole`` counts from the call to the return, start and
-end of Ray included; ``steady`` counts from the end of the first trial to the end of the last. One JSON object a line.
+end of Ray included; ``steady`` counts from the end of the first trial to the end of the last; ``driver_cpu_s`` is CPU of the process
+that drives, its imports and Ray's start included: between two sizes it says what a trial costs there. One JSON object a line.
 
 What the sides do differently: ours also runs a baseline, writes one immutable file a trial before Tune hears of it, never
 evaluates a recipe twice, and ends with Parquet and a frontier; stock keeps its experiment state only.
@@ -59,7 +60,11 @@ def trivial(spec: TrialSpec) -> TrialResult:
 
 
 def ours(trials: int, cpus: int, folder: str, sampler: str | None = None) -> list[float]:
-    """Runs a study of ``trials`` trivial trials; returns the seconds since the epoch at which each ended."""
+    """Runs a study of ``trials`` trivial trials; returns the seconds since the epoch at which each ended.
+
+    Args:
+        sampler: instead of the study's own.
+    """
     import yaml
 
     from orchestrator.ledger import Ledger
@@ -126,28 +131,30 @@ def stock(trials: int, cpus: int, folder: str) -> list[float]:
 # --- both -------------------------------------------------------------------------------------------------------------
 
 
-def measure(side: str, trials: int, cpus: int) -> dict[str, Any]:
-    """Runs one side in this process."""
+def measure(side: str, trials: int, cpus: int, sampler: str | None) -> dict[str, Any]:
+    """Runs one side in this process; ``sampler`` is that of ours."""
     with tempfile.TemporaryDirectory(prefix="vitpareto-bench-") as folder:
-        started = time.perf_counter()
-        ends = {"ours": ours, "stock": stock}[side](trials, cpus, folder)
-        whole = time.perf_counter() - started
+        started, spent = time.perf_counter(), time.process_time()
+        ends = stock(trials, cpus, folder) if side == "stock" else ours(trials, cpus, folder, sampler)
+        whole, spent = time.perf_counter() - started, time.process_time() - spent
     return {
         "side": side,
+        "sampler": sampler if side == "ours" else None,
         "trials": len(ends),
         "whole_s": round(whole, 2),
         "whole_trials_per_s": round(len(ends) / whole, 2),
         "steady_trials_per_s": round((len(ends) - 1) / (ends[-1] - ends[0]), 2),
+        "driver_cpu_s": round(spent, 2),
     }
 
 
-def in_fresh_process(side: str, trials: int, cpus: int) -> dict[str, Any]:
+def in_fresh_process(side: str, trials: int, cpus: int, sampler: str | None) -> dict[str, Any]:
     """Runs one side in a new process without Ray's settings of this one."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "TUNE_"))}
     environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.bench_sweep", "--inside", "--side", side]
-    command += ["--trials", str(trials), "--cpus", str(cpus)]
+    command += ["--trials", str(trials), "--cpus", str(cpus), *(["--sampler", sampler] if sampler else [])]
     done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
@@ -173,18 +180,19 @@ def main() -> None:
     parser.add_argument("--side", choices=("both", "ours", "stock"), default="both")
     parser.add_argument("--rounds", type=int, default=1, help="how often the pair runs")
     parser.add_argument("--cpus", type=int, default=2, help="CPUs of the local Ray, and trials at once")
+    parser.add_argument("--sampler", help="of our side, instead of the quick study's")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     sizes = options.trials or [100]
     if options.inside:
-        print(json.dumps(measure(options.side, sizes[0], options.cpus)))
+        print(json.dumps(measure(options.side, sizes[0], options.cpus, options.sampler)))
         return
     print(json.dumps(machine(options.cpus)), flush=True)
     sides = ["stock", "ours"] if options.side == "both" else [options.side]
     for trials in sizes:
         for turn in range(options.rounds):
             for side in sides if turn % 2 == 0 else sides[::-1]:
-                print(json.dumps(in_fresh_process(side, trials, options.cpus)), flush=True)
+                print(json.dumps(in_fresh_process(side, trials, options.cpus, options.sampler)), flush=True)
 
 
 if __name__ == "__main__":

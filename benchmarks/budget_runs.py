@@ -209,10 +209,11 @@ def stock(config: StudyConfig, folder: Path, sampler: str, seed: int) -> tuple[l
             multivariate by groups, made for conditional spaces, and the better choice for it.
     """
     import optuna
-    import ray
     from ray import tune
     from ray.tune.search import ConcurrencyLimiter
     from ray.tune.search.optuna import OptunaSearch
+
+    from orchestrator.sweep.ray_session import connection
 
     spec = baseline(config, folder)[0]
     worst = dict(config.reference_point or {})
@@ -232,9 +233,8 @@ def stock(config: StudyConfig, folder: Path, sampler: str, seed: int) -> tuple[l
         sampler=grouped_tpe(seed) if sampler == "group" else None,
         seed=seed if sampler == "default" else None,
     )
-    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="vitpareto-bench-") as results:
+    with connection(config, None), tempfile.TemporaryDirectory(prefix="vitpareto-bench-") as results:
+        started = time.perf_counter()
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": 1}),
             tune_config=tune.TuneConfig(
@@ -243,8 +243,7 @@ def stock(config: StudyConfig, folder: Path, sampler: str, seed: int) -> tuple[l
             run_config=tune.RunConfig(storage_path=results, verbose=0),
         )
         done = tuner.fit()
-    wall = time.perf_counter() - started
-    ray.shutdown()
+        wall = time.perf_counter() - started
     if done.errors:
         raise RuntimeError(f"{len(done.errors)} trials of the stock side raised, the first: {done.errors[0]}")
     rows = sorted((one.metrics for one in done), key=lambda row: row["ended_at"])

@@ -30,10 +30,10 @@ from workers.techniques import foresight, registry
 from workers.techniques.foresight import NotForeseen
 from workers.techniques.quantisation.shared_affine import unquantised
 from workers.techniques.record import Surroundings, Technique
-from workers.trial import Context, Recipe, Step, canonical_json, digest
+from workers.trial import Context, Recipe, Step, digest
 
 MODELS = 64
-"""Models whose structure is kept for the steps that may follow; they have no values, hence cost little."""
+"""Models that are kept for the steps that may follow them; they have no values, hence cost little."""
 
 log = logging.getLogger("vitpareto")
 
@@ -70,7 +70,9 @@ class Structures:
         self.info = tasks.info(context.data)
         self.description = models.describe(context.model, self.info)
         self._load_data = load_data
-        self._followed: OrderedDict[tuple[str, str, str, int], Built | NotForeseen] = OrderedDict()
+        self._followed: dict[str, Records | NotForeseen] = {}
+        self._models: OrderedDict[str, Built] = OrderedDict()
+        self._cuts: dict[str, Records] = {}
         self._counted: dict[str, tuple[int, int]] = {}
         self._sizes: dict[str, int] = {}
 
@@ -128,25 +130,30 @@ class Structures:
         own = [stage for stage in stages if stage.kind in ("surgery", "recovery")]
         if not own:
             return self._own
+        if own[-1].key not in self._cuts:
+            self._cuts[own[-1].key] = self._surgery(own, seed).records
+        return self._with_model(self._cuts[own[-1].key])
+
+    def _surgery(self, own: Sequence[Stage], seed: int) -> Built:
         steps, trains = own[0].steps, own[-1].kind == "recovery"
         try:
             cut = self._foreseen(self._own, steps, seed)
             return self._trained(cut, steps) if trains else cut
         except NotForeseen:
             if kept := self._kept(own[-1].key):
-                return self._rebuilt(kept["steps"])
-            cut = self._rebuilt(self._cut_from_weights(steps, seed))
+                return self._with_model(tuple(kept["steps"]))
+            cut = self._with_model(self._cut_from_weights(steps, seed))
             return self._trained(cut, steps) if trains else cut
 
     def _trained(self, cut: Built, steps: Sequence[Step]) -> Built:
         known = resolve(tuple(steps))
         if all(technique.finalise is None for technique, _ in known):
             return cut
-        model = self._rebuilt(cut.records).model  # the training starts from a reload
+        model = self._rebuilt(cut.records)  # the training starts from a reload
         resolved = foresight.finish(model, known, [r["resolved"] for r in cut.records])
-        return self._rebuilt([{**r, "resolved": new} for r, new in zip(cut.records, resolved, strict=True)])
+        return self._with_model(tuple({**r, "resolved": new} for r, new in zip(cut.records, resolved, strict=True)))
 
-    def _cut_from_weights(self, steps: Sequence[Step], seed: int) -> list[dict[str, Any]]:
+    def _cut_from_weights(self, steps: Sequence[Step], seed: int) -> Records:
         """Does the surgery with the baseline's weights, as its stage will, and without any image.
 
         Raises:
@@ -155,7 +162,7 @@ class Structures:
         """
         if self.context.device != "cpu" or self._kept(self._baseline.key) is None:
             raise NotForeseen("weights decide, and the trained ones are not here")
-        model, records = self._load_baseline(), []
+        model, records = self._load_baseline(), tuple[dict[str, Any], ...]()
         for technique, config in resolve(tuple(steps)):
             self._check(technique, config, model)
             around = self._around(torch.device("cpu"), seed, self._load_baseline)
@@ -166,7 +173,7 @@ class Structures:
             if not applied.changed:
                 raise NotForeseen(f"{technique.name}: changed nothing in this model")
             model = applied.model
-            records.append(_record(technique, applied.resolved))
+            records = (*records, _record(technique, applied.resolved))
         return records
 
     def _load_baseline(self) -> nn.Module:
@@ -183,7 +190,7 @@ class Structures:
         except NotForeseen:
             if (kept := self._kept(last.key)) is None:
                 raise
-            return self._rebuilt(kept["steps"])
+            return self._with_model(tuple(kept["steps"]))
 
     # --- models without values ----------------------------------------------------------------------------------------
 
@@ -206,30 +213,42 @@ class Structures:
         Raises:
             NotForeseen: it cannot be told, or not be done.
         """
-        key = (built.name, step.technique, canonical_json(dict(step.config)), seed)
+        key = digest([built.name, step.technique, dict(step.config), seed])
         if key not in self._followed:
-            ((technique, config),) = resolve((step,))
-            around = self._around(torch.device("meta"), seed, self._skeleton)
-            try:
-                self._check(technique, config, built.model)
-                model, resolved = foresight.foresee(technique, copy.deepcopy(built.model), config, around)
-                self._followed[key] = Built(model.eval(), (*built.records, _record(technique, resolved)))
-            except NotForeseen as error:
-                self._followed[key] = error.with_traceback(None)
-            while len(self._followed) > MODELS:
-                self._followed.popitem(last=False)
-        self._followed.move_to_end(key)
+            self._followed[key] = self._follow(built, step, seed)
         found = self._followed[key]
         if isinstance(found, NotForeseen):
             raise found
-        return found
+        return self._with_model(found)
 
-    def _rebuilt(self, records: Sequence[Mapping[str, Any]]) -> Built:
+    def _follow(self, built: Built, step: Step, seed: int) -> Records | NotForeseen:
+        ((technique, config),) = resolve((step,))
+        around = self._around(torch.device("meta"), seed, self._skeleton)
+        try:
+            self._check(technique, config, built.model)
+            model, resolved = foresight.foresee(technique, copy.deepcopy(built.model), config, around)
+        except NotForeseen as error:
+            return error.with_traceback(None)
+        records = (*built.records, _record(technique, resolved))
+        self._with_model(records, model.eval())
+        return records
+
+    def _with_model(self, records: Records, model: nn.Module | None = None) -> Built:
+        """Returns the structure of these records: kept, as ``model`` is, or made again."""
+        name = digest(records)
+        if name not in self._models:
+            self._models[name] = Built(self._rebuilt(records) if model is None else model, records)
+            while len(self._models) > MODELS:
+                self._models.popitem(last=False)
+        self._models.move_to_end(name)
+        return self._models[name]
+
+    def _rebuilt(self, records: Records) -> nn.Module:
         """Returns the structure that a reload makes of what was resolved."""
         model, known = self._skeleton(), registry()
         for record in records:
             model = known[record["technique"]].rebuild(model, record["resolved"])
-        return Built(model.eval(), tuple(dict(record) for record in records))
+        return model.eval()
 
     def _check(self, technique: Technique, config: Any, model: nn.Module) -> None:
         info = models.model_info(model, self.context.device)

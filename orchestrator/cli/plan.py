@@ -15,7 +15,7 @@ def plan(
     storage: StorageOption = STORAGE,
     address: RayOption = None,
     landscape: Annotated[
-        bool, typer.Option("--landscape", help="Also say how large the models would be, which takes some seconds.")
+        bool, typer.Option("--landscape", help="Also say how large the models would be; seconds to a minute.")
     ] = False,
 ) -> None:
     """Checks a study and says what would run; runs nothing and starts no Ray. With --address nothing is asked of this machine."""

@@ -42,6 +42,10 @@ PREDICTED = "recipe:predicted"
 """Trial attribute: objective to mean and standard deviation, in its own units, that were expected of the recipe."""
 
 
+FIRST_DRAWS = 20
+"""Random draws among which a recipe without training is looked for, before the models have a say."""
+
+
 class Facts(Protocol):
     """What is known of recipes before they are trained."""
 
@@ -163,7 +167,7 @@ class RecipeSampler(BaseSampler):
         rng, generator = random.Random(f"{self.seed}:{trial.number}"), np.random.default_rng([self.seed, trial.number])
         self._read(study, trial.number)
         if self.outcomes.valued + len(self.outcomes.paused) < self.n_startup_trials or self.outcomes.valued < 2:
-            return self.candidates.unseen(rng, self.outcomes)
+            return self._first(rng)
         self._refit(study, trial, generator)
         scored = self._scored(rng, generator, self.outcomes.open)
         if scored is None:
@@ -205,6 +209,13 @@ class RecipeSampler(BaseSampler):
             pending[number] = scored.keys[best]
             number += 1
         return found
+
+    def _first(self, rng: random.Random) -> Key:
+        """Returns a random recipe, one without training where there is: what cuts and conversions do is learnt from these for nothing."""
+        draws = [self.candidates.unseen(rng, self.outcomes)]
+        while self.costs and self.costs.trains(self.keys.surgery(draws[-1])) and len(draws) < FIRST_DRAWS:
+            draws.append(self.candidates.unseen(rng, self.outcomes))
+        return draws[-1] if len(draws) < FIRST_DRAWS else draws[0]
 
     def _read(self, study: Study, number: int) -> None:
         """Takes what is new in the study, and of a restored one the last fit."""

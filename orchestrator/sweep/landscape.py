@@ -97,7 +97,8 @@ def _shares(
 
 def _trade_off(known: Sequence[tuple[Recipe, Mapping[str, float]]]) -> Iterator[str]:
     values = np.array([[facts[name] for name in TRADED] for _, facts in known])
-    members = [known[i] for i in np.flatnonzero(nondominated(values, ["minimize"] * len(TRADED))).tolist()]
+    best = nondominated(values, ["minimize"] * len(TRADED))
+    members = [one for one, member in zip(known, best, strict=True) if member]
     for title, name in (("smallest", "size_bytes"), ("least work", "macs")):
         other = next(one for one in TRADED if one != name)
         recipe, facts = min(members, key=lambda one: (one[1][name], one[1][other]))

@@ -28,7 +28,7 @@ def describe_plan(config: StudyConfig, storage: str, *, here: bool = False, land
 
     Args:
         here: whether trials are to run on this machine, which must then have room for the model.
-        landscape: whether to say how large the models would be; it takes some seconds.
+        landscape: whether to say how large the models would be, which takes from seconds to a minute.
 
     Raises:
         TaskError, ModelError, OSError: the data or the model cannot be read.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import budget_runs
-from benchmarks.bench_budget import SIDES, line, read, summary
+from benchmarks.bench_budget import SIDES, line, make, read, summary
 from orchestrator.study.load import load_study
 from tests.places import DATA
 from tests.studies import ONE_EPOCH, TINY_MODEL, recipe, tiny_study
@@ -74,8 +74,8 @@ def test_the_reference_is_ten_points_below_the_baseline() -> None:
 
 @pytest.mark.ray
 def test_both_sides_search_and_compare(tmp_path: Path) -> None:
-    stock = budget_runs.search(order("stock", tmp_path, trials=4))
-    ours = budget_runs.search(order("tpe", tmp_path, trials=4, **SIDES["tpe"]))
+    stock = make(order("stock", tmp_path, trials=4))
+    ours = make(order("tpe", tmp_path, trials=4, **SIDES["tpe"]))
     assert (stock.baseline, stock.reference) == (ours.baseline, ours.reference)
     assert [trial.status for trial in stock.trials] == ["ok"] * 4
     assert len({trial.recipe for trial in ours.trials}) == 4
@@ -91,7 +91,6 @@ def test_both_sides_search_and_compare(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_a_search_ends_once_it_has_trained_long_enough(tmp_path: Path) -> None:
-    budget_runs.baseline(load_study(budget_runs.study("digits", None, TINY)), tmp_path)
-    run = budget_runs.search({**order("tpe", tmp_path, trials=500, **SIDES["tpe"]), "most_s": 0.01})
+    run = make({**order("tpe", tmp_path, trials=500, **SIDES["tpe"]), "most_s": 0.01})
     assert run.spent("train_cpu_s") >= 0.01
     assert len(run.trials) < 100

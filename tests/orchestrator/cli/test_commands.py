@@ -215,6 +215,8 @@ def test_pareto_of_other_objectives_and_conditions(run: Run) -> None:
         (("query", "tiny", "DELETE FROM attempts"), "must be one SELECT statement"),
         (("query", "tiny", "SELECT * FROM 'x.csv'"), "query: "),
         (("query", "tiny", ""), "must be one SELECT statement"),
+        (("resume", "tiny", "--trials", "+0"), "--trials +0: must be a number of trials, 20, or how many more, +5"),
+        (("resume", "tiny", "--trials", "many"), "--trials many: must be a number of trials"),
         (("resume", "tiny", "--time-budget", "soon"), "--time-budget: must be a number with one of the units"),
         (("status", "nosuch"), "there is no study 'nosuch' in "),
         (("status", "../tiny"), "there is no study '../tiny' in "),

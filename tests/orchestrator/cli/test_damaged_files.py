@@ -261,6 +261,18 @@ def test_after_a_repair_all_is_well_and_resume_has_lost_trials_to_run(study: Stu
     assert study.run(("status", NAME)).exit_code == 0
 
 
+def test_trials_with_a_plus_are_so_many_more(study: Study) -> None:
+    def budget() -> int:
+        (status,) = json.loads(study.run(("status", NAME, "--format", "json")).stdout)
+        return int(status["budget"])
+
+    study.restore()
+    before = budget()
+    for trials, expected in (("+2", before + 2), ("+3", before + 5), (str(before + 9), before + 9)):
+        study.run(("resume", NAME, "--quiet", "--trials", trials))  # the search is not run here
+        assert budget() == expected
+
+
 def test_a_study_called_stages_can_still_be_read_but_not_run(study: Study) -> None:
     study.restore()
     shutil.copytree(study.copy / NAME, study.copy / "stages", dirs_exist_ok=True)

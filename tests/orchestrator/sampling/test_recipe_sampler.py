@@ -225,6 +225,13 @@ def test_a_training_is_followed_by_its_conversions() -> None:
     assert trainings[1] < 0.75 * trainings[0]
 
 
+def test_before_the_models_have_a_say_recipes_without_training_come_first() -> None:
+    costs = Costs(lambda surgery: any(name == "magnitude_prune" for name, _ in surgery))
+    recipes = run(study_with(sampler(costs=costs)), 8)
+    assert all("magnitude_prune" not in r.techniques for r in recipes)
+    assert any("magnitude_prune" in r.techniques for r in run(study_with(sampler()), 8))
+
+
 def test_nobody_waits_for_a_training_that_another_runs() -> None:
     """What shares a training in flight costs as much as a new one: its worker would only wait."""
     made = sampler(costs=Costs(lambda surgery: bool(surgery)))

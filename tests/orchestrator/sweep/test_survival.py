@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -136,3 +138,53 @@ def test_a_second_driver_is_refused_and_a_termination_ends_like_an_interrupt(tmp
     assert [r["status"] for r in study.attempts()] == ["ok"]  # the baseline
     assert json.loads(study.storage.read(f"{lease}/000002.json"))["state"] == "released"
     assert study.left() == []
+
+
+class ShortStudy(Study):
+    """A study whose trials end at once, so that several share a Tune trial."""
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "tests.short_trials", str(self.file), self.storage.url]
+
+
+def test_batches_survive_the_death_of_a_worker_and_of_the_driver(tmp_path: Path) -> None:
+    mlp = {"head_ratio": [0.0, 0.25, 0.5], "mlp_ratio": {"low": 0.1, "high": 0.6, "step": 0.01}, "round_to": [1]}
+    techniques = {"magnitude_prune": mlp, "tome": {"r": {"low": 1, "high": 2, "step": 1}}, "dynamic_int8": {}}
+    trials = 160
+    study = ShortStudy(
+        tmp_path,
+        tiny_study(
+            "short",
+            trials=trials,
+            techniques=techniques,
+            sampler={"name": "random"},
+            resources={"cpus": 1, "max_concurrent": 1},
+        ),
+    )
+
+    def ended() -> int:
+        return len(study.ledger.attempts(["attempt_id"]))
+
+    def batch() -> int:
+        """Returns how many of those that the driver has handed out are on their way."""
+        done = ended()
+        return len([a for a in study.asks() if "specs" in a]) - (done - 1) if done else 0  # one is the baseline's
+
+    process = study.start()
+    try:
+        until(lambda: batch() >= 3, process)
+        mark = until(lambda: next(iter(study.marks().values()), None), process)
+        os.kill(mark["pid"], signal.SIGKILL)
+        until(lambda: ended() >= 120 and batch() >= 3, process)
+    finally:
+        study.kill(process)
+    before = {r["attempt_id"]: r["trial_id"] for r in study.attempts() if r["status"] == "ok"}
+    study.finish()
+    rows = study.attempts()
+    ok = [r["trial_id"] for r in rows if r["status"] == "ok"]
+    assert len(ok) == len(set(ok)) == trials + 1, "nothing is lost, nothing repeated"
+    assert before.items() <= {r["attempt_id"]: r["trial_id"] for r in rows}.items()
+    lost = [r for r in rows if r["status"] != "ok"]
+    assert [r["status"] for r in lost] in ([], ["worker_died"]), "of the batch of a dead worker the running one alone pays"
+    check_numbers(study, trials)
+    assert not study.marks()

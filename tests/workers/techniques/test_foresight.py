@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import permutations
 from typing import Any
 
 import pytest
 from torch import nn
 
 from tests.workers.techniques.test_contract import SAMPLES
-from workers.techniques import foresight, registry
+from workers.techniques import composition, foresight, registry
 from workers.techniques.contract.models import build, surroundings, without_values
 from workers.techniques.contract.on_models import what_is_foreseen_happens
 from workers.techniques.contract.subject import Subject
@@ -33,6 +35,30 @@ def test_all_is_told_but_what_is_learned(name: str) -> None:
         return
     with pytest.raises(foresight.NotForeseen, match=name):
         foreseen(technique, SAMPLES[name])
+
+
+def pairs() -> Iterator[Any]:
+    """Every two that may follow each other; two conversions, of which the first may change types, always."""
+    known = [name for name in SAMPLES if name not in LEARNED]
+    for pair in permutations(known, 2):
+        if pair in composition.legal_orders(sorted(pair, key=known.index)):
+            both = all(registry()[name].stage == "conversion" for name in pair)
+            yield pytest.param(pair, id="-".join(pair), marks=[] if both else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("pair", pairs())
+def test_what_follows_another_has_the_shapes_and_types_that_are_foreseen(pair: tuple[str, str]) -> None:
+    model, empty, teacher = build("class"), build("class", device="meta"), build("class")
+    for name in pair:
+        technique = registry()[name]
+        config = make_config(technique.Config, SAMPLES[name])
+        model = technique.apply(model, config, surroundings(teacher)).model
+        empty = foresight.foresee(technique, empty, config, without_values("class"))[0]
+    assert layouts(empty) == layouts(model)
+
+
+def layouts(model: nn.Module) -> dict[str, tuple[Any, ...]]:
+    return {name: (tensor.dtype, *tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def test_weights_that_decide_are_asked_for_in_vain() -> None:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.techniques.quantisation.shared_affine import KernelLinear, linears
+from workers.techniques.quantisation.shared_affine import KernelLinear, bias_like, linears
 from workers.techniques.quantisation.shared_calibration import EPS
 from workers.techniques.quantisation.shared_packed_embeddings import pack_embeddings, rebuild_embeddings
 from workers.techniques.quantisation.weight_only import int8_table, packed, packed_later
@@ -125,7 +125,9 @@ class Float8Linear(KernelLinear):
     @classmethod
     def like(cls, linear: Any) -> Float8Linear:
         """Returns a layer of the same shape, without values."""
-        return cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        layer.bias = bias_like(linear)
+        return layer
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Float8Linear:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.techniques.quantisation.shared_affine import linears
+from workers.techniques.quantisation.shared_affine import bias_like, linears
 from workers.techniques.quantisation.shared_calibration import (
     EPS,
     ChannelRange,
@@ -149,6 +149,7 @@ class LowBitLinear(GroupedLinear):
             linear.in_features, linear.out_features, bias=linear.bias is not None,
             kernel="dequantise", bits=weight_bits, group_size=None,
         )  # fmt: skip
+        self.bias = bias_like(linear)
         self.inputs = UniformQuantiser(input_bits)
         self.arithmetic = "int8"  # a last bit may move an activation by a step; see workers.artefact.parity
 

@@ -261,6 +261,11 @@ class PackedLinear(QuantisedLinear):
         return plain_linear(self.dequantised(torch.float32), self.bias)
 
 
+def bias_like(linear: Any) -> Tensor | None:
+    """Returns a bias of the layer's size and type without values, which a layer that takes its place will have; None without one."""
+    return None if linear.bias is None else torch.empty_like(linear.bias, device="meta", requires_grad=False)
+
+
 def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """Returns a layer of weight (O, I) and bias (O,)."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.techniques.quantisation.shared_affine import KernelLinear, symmetric_int8
+from workers.techniques.quantisation.shared_affine import KernelLinear, bias_like, symmetric_int8
 from workers.techniques.quantisation.shared_calibration import EPS
 
 INPUTS = ("static", "token")
@@ -101,7 +101,9 @@ class IntegerLinear(KernelLinear):
     @classmethod
     def like(cls, linear: Any, inputs: str) -> IntegerLinear:
         """Returns a layer of the same shape, without values."""
-        return cls(linear.in_features, linear.out_features, bias=linear.bias is not None, inputs=inputs)
+        layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, inputs=inputs)
+        layer.bias = bias_like(linear)
+        return layer
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def pack_for_kernel(self) -> Packing:

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from workers.techniques.quantisation import weight_only_int4_kernels, weight_only_sensitivity
 from workers.techniques.quantisation.shared_affine import (
+    bias_like,
     grouped_affine,
     linears,
     pack_bits,
@@ -202,9 +203,12 @@ def empty_layer(linear: nn.Linear, config: Config, bits: int) -> Int8Linear:
     bias = linear.bias is not None
     kernel = config.kernel if config.has_kernel(bits) else "dequantise"
     if bits == 8 and not config.grouped(bits):
-        return Int8Linear(*shape, bias=bias, kernel=kernel)
-    group_size = config.group_size if config.grouped(bits) else None
-    return GroupedLinear(*shape, bias=bias, kernel=kernel, bits=bits, group_size=group_size)
+        layer: Int8Linear = Int8Linear(*shape, bias=bias, kernel=kernel)
+    else:
+        group_size = config.group_size if config.grouped(bits) else None
+        layer = GroupedLinear(*shape, bias=bias, kernel=kernel, bits=bits, group_size=group_size)
+    layer.bias = bias_like(linear)
+    return layer
 
 
 def empty_table(config: Config) -> Callable[[nn.Linear], Table]:
