@@ -144,7 +144,7 @@ class BackgroundFacts:
                 env={
                     name: value for name, value in os.environ.items() if name != MARK
                 },  # it outlives a Ray that is ended
-                start_new_session=True,  # a terminal's Ctrl-C is the driver's, which closes stdin
+                process_group=0,  # a terminal's Ctrl-C is the driver's, which closes stdin; of its session, within which nice counts
             )
             request = {
                 "path": sys.path,
