@@ -73,6 +73,7 @@ def test_the_reference_is_ten_points_below_the_baseline() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_both_sides_search_and_compare(tmp_path: Path) -> None:
     stock = make(order("stock", tmp_path, trials=4))
     ours = make(order("tpe", tmp_path, trials=4, **SIDES["tpe"]))
@@ -90,6 +91,7 @@ def test_both_sides_search_and_compare(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_search_ends_once_it_has_trained_long_enough(tmp_path: Path) -> None:
     run = make({**order("tpe", tmp_path, trials=500, **SIDES["tpe"]), "most_s": 0.01})
     assert run.spent("train_cpu_s") >= 0.01
