@@ -31,8 +31,8 @@ SIDES: Mapping[str, Mapping[str, Any]] = {
     "stock-default": {},
     "ours": {},
     "tpe": {"sampler": {"name": "tpe"}},
-    "no-facts": {"sampler": {"options": {"facts": False}}},
-    "no-costs": {"sampler": {"options": {"costs": False}}},
+    "no-facts": {"sampler": {"options": {"use_facts": False}}},
+    "no-costs": {"sampler": {"options": {"use_costs": False}}},
     "no-halving": {"early_stopping": "none"},
     "tpe-no-halving": {"sampler": {"name": "tpe"}, "early_stopping": "none"},
 }

@@ -108,6 +108,7 @@ class RecipeSampler(BaseSampler):
         reference: returns the study's reference point, in the objectives' units and order; None while it is not known.
         facts: what is known before training.
         costs: expected seconds; None takes all recipes for equally expensive.
+        use_facts, use_costs: False leaves facts or costs out of account, to see what they are worth.
         possible: says of a recipe whether it can be carried out and meets the constraints on what is known of it.
     """
 
@@ -125,9 +126,12 @@ class RecipeSampler(BaseSampler):
         facts: Facts | None = None,
         costs: Costs | None = None,
         possible: Callable[[Recipe], bool] = lambda recipe: True,
+        use_facts: bool = True,
+        use_costs: bool = True,
     ) -> None:
         self.space, self.objectives, self.seed = space, tuple(objectives), seed
-        self.n_startup_trials, self.reference, self.facts, self.costs = n_startup_trials, reference, facts, costs
+        self.n_startup_trials, self.reference = n_startup_trials, reference
+        self.facts, self.costs = facts if use_facts else None, costs if use_costs else None
         self.possible = possible
         self.keys = RecipeKeys(space, conversions)
         self.outcomes = Outcomes(space, self.keys, self.objectives, constraints)

@@ -33,6 +33,8 @@ class _Options(Section):
 
 class _RecipeOptions(_Options):
     n_startup_trials: Natural | None = None
+    use_facts: bool = True
+    use_costs: bool = True
 
 
 class _TpeOptions(_Options):

@@ -190,6 +190,14 @@ def test_facts_are_no_predictions() -> None:
     assert share(recipes) >= share(run(study_with(sampler()), 30)) - 0.002
 
 
+def test_facts_and_costs_can_be_left_out_of_account() -> None:
+    made = sampler(facts=Known(), costs=Costs(bool), use_facts=False, use_costs=False)
+    study = study_with(made)
+    with_nothing = [r.hash for r in run(study_with(sampler()), 14)]
+    assert [r.hash for r in run(study, 14)] == with_nothing
+    assert set(study.trials[-1].system_attrs[PREDICTED]) == set(OBJECTIVES)
+
+
 def test_what_is_not_known_yet_is_asked_for_and_predicted_meanwhile() -> None:
     facts = Known(answers=False)
     study = study_with(sampler(facts=facts))
