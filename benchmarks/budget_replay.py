@@ -139,6 +139,26 @@ def replayed(spec: TrialSpec) -> TrialResult:
     return _WORKER[-1].run(spec)
 
 
+class TableFacts:
+    """What the table's recipes have without training, as the sweep's own facts tell it of real ones."""
+
+    names = frozenset(("size_bytes", "macs"))
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+
+    def of(self, recipe: Recipe) -> Mapping[str, float]:
+        """Returns bytes and MACs; nothing of a recipe that the table lacks."""
+        row = self._table.known.get(_name(self._table.steps(recipe)))
+        return {name: row["metrics"][name] for name in self.names} if row else {}
+
+    def ask_for(self, recipes: Sequence[Recipe]) -> None:
+        """Nothing: all that can be known is."""
+
+    def learnt(self, recipe: Recipe) -> None:
+        """Nothing: a training tells no more."""
+
+
 def ours(table: Table, asked: Mapping[str, Any], most_s: float) -> list[Spent]:
     """Runs the sweep of a study, one work after another, until it has trained for ``most_s``."""
     config = load_study(dict(asked))
@@ -148,9 +168,8 @@ def ours(table: Table, asked: Mapping[str, Any], most_s: float) -> list[Spent]:
     with tempfile.TemporaryDirectory(prefix="vitpareto-bench-") as folder:
         storage = open_storage(folder)
         ledger = Ledger(storage, config.name, (), context.digest)
-        sweep = open_sweep(
-            config, context, model_info(context), ledger, storage_url=storage.url, token="", versions=versions()
-        )
+        where = {"storage_url": storage.url, "token": "", "versions": versions(), "facts": TableFacts(table)}
+        sweep = open_sweep(config, context, model_info(context), ledger, **where)
         while spent < most_s and (work := sweep.next_work()) is not None:
             outcomes = run_specs(work.to_dict("benchmarks.budget_replay:replayed"))
             sweep.ended(work, outcomes)
