@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 
-MAY_CHANGE = frozenset({"trials", "budget", "resources", "retries", "early_stopping"})
+MAY_CHANGE = frozenset({"trials", "budget", "resources", "retries", "early_stopping", "sampler"})
 """Keys in which a study may differ from the one of its name that the storage holds: they change no trial's numbers."""
 
 

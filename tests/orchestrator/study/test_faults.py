@@ -302,6 +302,7 @@ def test_files_need_not_be_here_for_a_study_that_runs_elsewhere() -> None:
 
 def test_the_same_study_may_change_its_budget_only() -> None:
     stored = load_study(minimal()).to_dict()
-    load.check_same_study(load_study(minimal(trials=99, retries=0, budget={"time": "1h"})), stored, "results/small")
+    more = {"trials": 99, "retries": 0, "budget": {"time": "1h"}, "sampler": {"name": "random", "seed": 3}}
+    load.check_same_study(load_study(minimal(**more)), stored, "results/small")
     with pytest.raises(load.StudyRefused, match=r"results/small holds another study .* differ in objectives, seeds;"):
         load.check_same_study(load_study(minimal(objectives=["params"], seeds=[1])), stored, "results/small")

@@ -254,3 +254,26 @@ def test_the_outcome_of_an_equal_recipe_is_told_without_a_run() -> None:
     again.restore(json.loads(json.dumps(asks)), ends)
     assert [told(t) for t in again.study.trials] == [told(t) for t in made.study.trials]
     assert again.ask()[0] is None
+
+
+# --- another sampler than before --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("before", "after"), [("tpe", "recipe"), ("recipe", "tpe"), ("random", "recipe")])
+def test_a_study_may_go_on_with_another_sampler(before: str, after: str) -> None:
+    """What was asked and told stays, under its numbers; who asks next learns from it and repeats none of it."""
+    original = proposer(before)
+    asks: list[dict[str, Any]] = []
+    ends: dict[int, tuple[list[str], list[dict[str, float]]]] = {}
+    for _ in range(20):
+        proposal, answered = original.ask()
+        assert proposal is not None
+        asks += [*answered, dict(proposal.state)]
+        ends[proposal.number] = ["ok"], [{"top1_pct": float(proposal.number), "size_bytes": 1.0 + proposal.number % 7}]
+        original.tell(proposal.number, *ends[proposal.number])
+    again = proposer(after)
+    again.restore(json.loads(json.dumps(asks)), ends)
+    assert [t.values for t in again.study.trials] == [t.values for t in original.study.trials]
+    fresh = [again.ask()[0] for _ in range(8)]
+    assert {p.recipe.hash for p in fresh if p}.isdisjoint(original.recipes)
+    assert len({p.recipe.hash for p in fresh if p}) == 8
