@@ -162,6 +162,9 @@ class Outcomes:
             return
         values = tuple(float(v) for v in self.minimised(np.array(trial.values)))
         violations = tuple(float(trial.constraints.get(name, 0.0)) for name in self.constraints)
+        if not np.isfinite([*values, *violations]).all():  # of such a row nothing can be learnt but that
+            self.ended[trial.number] = Outcome(trial.number, key, None)
+            return
         found = Outcome(trial.number, key, values, violations)
         self.ended[trial.number] = found
         self.valued += 1

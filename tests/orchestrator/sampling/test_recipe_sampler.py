@@ -144,6 +144,15 @@ def test_failures_are_avoided() -> None:
     assert sum("tome" in r.techniques for r in recipes[30:]) <= 3
 
 
+def test_a_value_that_is_no_number_counts_as_a_failure() -> None:
+    def odd(study: optuna.Study, trial: optuna.Trial, recipe: Recipe) -> None:
+        trial.set_constraint("top1_pct >= 50", float("inf") if trial.number % 5 == 0 else -40.0)
+        study.tell(trial, [outcome(recipe)[0], float("inf") if trial.number % 7 == 0 else outcome(recipe)[1]])
+
+    recipes = run(study_with(sampler(constraints=["top1_pct >= 50"])), 30, odd)
+    assert len({r.hash for r in recipes}) == 30
+
+
 def test_constraints_are_learnt_and_met() -> None:
     def limited(study: optuna.Study, trial: optuna.Trial, recipe: Recipe) -> None:
         trial.set_constraint("top1_pct >= 93", 93 - outcome(recipe)[0])
