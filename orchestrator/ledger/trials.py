@@ -44,8 +44,8 @@ accuracy of the same context's baseline minus this one, in points; ``*_ratio`` t
 says that the trial is ok and keeps every constraint of the study; ``slower_than_baseline`` that a speed's whole interval is
 on the slow side of the strong baseline's; ``attempts`` counts."""
 
-NUMERIC = [f.name for f in TRIALS if pa.types.is_floating(f.type)]
-"""Columns that can be an objective; over several seeds they are averaged."""
+NUMERIC = [f.name for f in TRIALS if pa.types.is_floating(f.type) and f.name != "rung"]
+"""Columns that can be an objective; over several seeds they are averaged. Those of a trial at a rung are no end."""
 
 DEFAULT_COLUMNS = (
     "trial_id",

@@ -121,7 +121,8 @@ def test_status_names_bad_files_and_goes_on(run: Run) -> None:
         found = call("status", "tiny", storage=run.storage)
     finally:
         foreign.unlink()
-    assert (found.exit_code, found.stderr.count("\n")) == (1, 2)
+    assert (found.exit_code, found.stderr.count("\n")) == (1, 3)
+    assert "speeds taken over from equal structures" in found.stderr
     assert "tiny/attempts/0.1.json" in found.stderr
     assert "`vitpareto repair tiny` says what is left" in found.stderr
 
