@@ -124,15 +124,23 @@ SMALL = {"constraints": ["size_bytes < 21000"]}
 """Which the first and the third are not."""
 
 
+FIRST_ROWS = {2: "stopped 0.125", 4: "stopped 0.375", 8: "ok None"}
+"""Rows of one worker come in an order of their own: the baseline, two at the first rung, one of them at the second, ..., and the eighth is
+the first end. Number of rows to what the newest of them is."""
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_a_driver_killed_at_every_rung_trains_nothing_twice_and_decides_alike(tmp_path: Path) -> None:
-    """Rows of one worker come in an order of their own: the baseline, two at the first rung, one of them at the second, ..., and
-    the eighth is the first end."""
+@pytest.mark.parametrize(
+    "kills", [pytest.param((2,), id="first rung"), pytest.param((2, 4, 8), marks=pytest.mark.slow, id="every rung")]
+)
+def test_a_driver_killed_at_a_rung_trains_nothing_twice_and_decides_alike(
+    tmp_path: Path, kills: tuple[int, ...]
+) -> None:
     config = halved_study("survivor", RECIPES, **SMALL)
     study = Study(tmp_path, config)
     seen: list[str] = []
-    for rows in (2, 4, 8):  # held where that many rows are written
+    for rows in kills:  # held where that many rows are written
         study.hold(str(rows))
         process = study.start()
         try:
@@ -143,8 +151,21 @@ def test_a_driver_killed_at_every_rung_trains_nothing_twice_and_decides_alike(tm
         newest = study.attempts()[-1]
         seen.append(f"{newest['status']} {newest['rung']}")
         assert len(study.attempts()) == rows
-    assert seen == ["stopped 0.125", "stopped 0.375", "ok None"]
-    study.hold("training")  # and one in the middle of the way from a rung
+    assert seen == [FIRST_ROWS[rows] for rows in kills]
+    if len(kills) > 1:
+        kill_in_training(study)
+    study.run()
+
+    whole = run_here(config, tmp_path / "whole")
+    assert told(study.ledger) == told(whole)
+    assert epochs(study.ledger) == epochs(whole)
+    assert all(count <= EPOCHS for count in epochs(study.ledger).values())
+    check_finishing(study)
+
+
+def kill_in_training(study: Study) -> None:
+    """Kills the driver in the middle of the way from a rung: what it did there is not lost without having been counted."""
+    study.hold("training")
     before = epochs(study.ledger)
     process = study.start()
     try:
@@ -153,13 +174,6 @@ def test_a_driver_killed_at_every_rung_trains_nothing_twice_and_decides_alike(tm
         study.kill(process)
     study.release()
     assert epochs(study.ledger) == before
-    study.run()
-
-    whole = run_here(config, tmp_path / "whole")
-    assert told(study.ledger) == told(whole)
-    assert epochs(study.ledger) == epochs(whole)
-    assert all(count <= EPOCHS for count in epochs(study.ledger).values())
-    check_finishing(study)
 
 
 def check_finishing(study: Study) -> None:
