@@ -148,7 +148,7 @@ class ShortStudy(Study):
 
 
 def test_batches_survive_the_death_of_a_worker_and_of_the_driver(tmp_path: Path) -> None:
-    mlp = {"head_ratio": [0.0, 0.25, 0.5], "mlp_ratio": {"low": 0.1, "high": 0.6, "step": 0.01}, "round_to": [1]}
+    mlp = {"head_ratio": [0.0, 0.25, 0.5], "mlp_ratio": {"low": 0.1, "high": 0.6, "step": 0.05}, "round_to": [1]}
     techniques = {"magnitude_prune": mlp, "tome": {"r": {"low": 1, "high": 2, "step": 1}}, "dynamic_int8": {}}
     trials = 160
     study = ShortStudy(
