@@ -128,7 +128,8 @@ def test_what_a_training_decides_is_not_told_before_its_end(tmp_path: Path, cont
 
 
 @pytest.mark.parametrize(
-    ("family", "kind", "layers"), [("vilt", "digit_vqa", "1,2"), ("meter", "digit_retrieval", "2,4")]
+    ("family", "kind", "layers"),
+    [("vilt", "digit_vqa", "1,2"), pytest.param("meter", "digit_retrieval", "2,4", marks=pytest.mark.slow)],
 )
 def test_images_with_texts_pause_alike(tmp_path: Path, family: str, kind: str, layers: str) -> None:
     study = {
