@@ -3,7 +3,7 @@
 An accuracy at a rung is known with its interval, and gains by the end a share of what is missing to 100 %: of digits' recipes at an
 eighth of their recovery .27 to .62 of it at accuracies of 80 to 90 %, .30 to .58 at 90 to 95 % (decision 0032). So the shares that finished
 recipes gained from the same rung on are the distribution of what this one will. What its structure tells (bytes, MACs,
-parameters) is known; what is measured at the end only (speeds) is what the recipes have that are nearest to it in MACs.
+parameters) is known; what is measured at the end only (speeds) is what the recipes have that are nearest to it in MACs, in proportion to these.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from orchestrator.frontier import dominance
 from orchestrator.ledger.trials import feasible
 from orchestrator.study.constraints import DROPS, Constraint, derived
-from workers.metrics import ACCURACIES
+from workers.metrics import ACCURACIES, METRICS, OBJECTIVES
 
 Floats = npt.NDArray[np.float64]
 
@@ -168,14 +168,17 @@ class Prospects:
         return feasible(np.ones(DRAWS, np.bool_), metric, self.constraints)
 
     def _near(self, one: Paused, name: str) -> Floats:
-        """Returns the values of a metric that the finished recipes nearest in MACs have."""
+        """Returns the values of a metric that the finished recipes nearest in MACs have; of a speed, what they would be with the MACs of
+        this one, so that a recipe that saves more than any before it is not taken for as slow as those.
+        """
         known = [m for m in self.finished if name in m]
         macs = one.metrics.get("macs")
-        if macs:
-            known = [m for m in known if m.get("macs")] or known
-            known.sort(key=lambda m: abs(math.log(m.get("macs", macs) / macs)))
-            known = known[:NEIGHBOURS]
-        return np.array([m[name] for m in known])
+        if not macs:
+            return np.array([m[name] for m in known])
+        known = [m for m in known if m.get("macs")] or known
+        known.sort(key=lambda m: abs(math.log(m.get("macs", macs) / macs)))
+        power = 0 if METRICS[name].kind != "speed" else 1 if OBJECTIVES[name] == "maximize" else -1
+        return np.array([m[name] * (m.get("macs", macs) / macs) ** power for m in known[:NEIGHBOURS]])
 
     def _front(self) -> Floats:
         """Returns the frontier of what is finished and keeps the constraints, (k, objectives)."""
