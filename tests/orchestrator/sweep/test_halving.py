@@ -16,6 +16,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.ledger.stopped import stopped_trials
 from orchestrator.study.constraints import parse
 from orchestrator.sweep.halving import Halving
+from orchestrator.sweep.prospects import Paused, Prospects
 from orchestrator.sweep.searcher import RUNG
 from orchestrator.sweep.state import Sweep
 from orchestrator.sweep.trainable import run_specs
@@ -406,3 +407,13 @@ def test_a_specification_from_before_is_read(tmp_path: Path) -> None:
     assert TrialSpec.from_dict(values) == sweep.baseline_spec()
     with pytest.raises(ValueError, match="until must be above 0 and below 1"):
         replace(sweep.baseline_spec(), until=1.0)
+
+
+@pytest.mark.parametrize(
+    ("speed", "direction"), [("throughput_images_per_s", "maximize"), ("latency_ms_p50", "minimize")]
+)
+def test_what_saves_more_macs_than_any_before_is_not_taken_for_as_slow_as_those(speed: str, direction: str) -> None:
+    done = {"top1_pct": 95.0, speed: 100.0, "macs": 1000.0}
+    prospects = Prospects({"top1_pct": "maximize", speed: direction}, (), done, [done])
+    paused = [Paused({"top1_pct": 90.0, "macs": macs}, {"top1_pct": [0.0, 0.0, 0.0]}) for macs in (1000.0, 400.0)]
+    assert [float(prospects.probabilities([one])[0]) for one in paused] == [0.0, 1.0]
