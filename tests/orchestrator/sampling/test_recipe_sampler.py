@@ -18,15 +18,9 @@ from orchestrator.sampling.recipe_sampler import FIT, PREDICTED, RecipeSampler
 from orchestrator.sampling.suggestions import GivenSuggest
 from orchestrator.study.space import SearchSpace
 from orchestrator.sweep.searcher import TrialSuggest
+from tests.orchestrator.sampling.test_recipes import TECHNIQUES
 from workers.trial import Recipe, Step
 
-TECHNIQUES: dict[str, Any] = {
-    "magnitude_prune": {"head_ratio": [0.0, 0.25, 0.5], "mlp_ratio": {"low": 0.1, "high": 0.5, "step": 0.1}},
-    "tome": {"r": {"low": 1, "high": 4, "step": 1}, "schedule": ["constant", "decreasing"]},
-    "nystrom": {"landmarks": {"low": 4, "high": 12, "step": 4}},
-    "dynamic_int8": {},
-    "weight_only": {"bits": [2, 4, 8]},
-}
 PRUNED, PRUNED_HALF = (
     Recipe((Step("magnitude_prune", {"head_ratio": 0.0, "mlp_ratio": ratio}),)) for ratio in (0.2, 0.5)
 )
